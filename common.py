@@ -1,0 +1,1006 @@
+"""What the scripts share: arguments, processes, models, data, packed log-probabilities, sampling, log, checkpoints.
+
+Nothing here decides what a method optimises: losses, how log-probabilities are reduced, and the step are in the scripts.
+"""
+
+import difflib
+import json
+import math
+import os
+import re
+import resource
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, fields
+from functools import partial
+from pathlib import Path
+from types import MethodType
+from typing import Literal, NamedTuple, NoReturn
+
+import datasets
+import numpy as np
+import pyarrow.compute as pc
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+import torch.distributed.checkpoint.state_dict as dsd
+import torch.nn.functional as F
+import transformers
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
+from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, AutoModelForCausalLM
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+TOY = Path(__file__).parent / "tests" / "toy"  # the built-in example: a model and pairs like any other
+
+# ------------------------------------------------------------------------------------------------------ arguments
+
+
+def arg(default, help: str):
+    """A dataclass field with a help text; a list as its default is copied."""
+    default = {"default_factory": default.copy} if isinstance(default, list) else {"default": default}
+    return field(**default, metadata={"help": help})
+
+
+@dataclass
+class Arguments:
+    """What all methods take. Names are TRL's where TRL has the flag; all sizes count pairs."""
+
+    model_name_or_path: str | None = arg(
+        None, "the policy: a Hub name or a directory; none: the built-in example"
+    )
+    model_revision: str = arg("main", "branch, tag or commit of the model on the Hub")
+    trust_remote_code: bool = arg(False, "run the Python code that a model's repository brings")
+    dtype: Literal["float32", "bfloat16", "float64"] = arg(
+        "float32", "of the weights that the optimizer updates"
+    )
+    dataset_name: str | None = arg(None, "a Hub name, a directory, or a .json, .jsonl, .csv or .parquet file")
+    dataset_config: str | None = arg(None, "configuration of the dataset")
+    dataset_train_split: str = arg("train", "split to train on")
+    dataset_test_split: str = arg("test", "split to evaluate on")
+    dataset_num_proc: int | None = arg(None, "processes that tokenize")
+    max_length: int = arg(
+        1024, "tokens of prompt and completion together; longer completions are cut at the end"
+    )
+    output_dir: str | None = arg(
+        None, "where everything goes; the same command goes on here [output/<script>]"
+    )
+    overwrite_output_dir: bool = arg(False, "start anew: delete an earlier run in output_dir")
+    learning_rate: float = arg(1e-6, "peak learning rate of AdamW")
+    lr_scheduler_type: Literal["linear", "cosine", "constant"] = arg("linear", "its decay after warm-up")
+    warmup_steps: float = arg(0.1, "steps of linear warm-up; below 1: their share of all steps")
+    num_train_epochs: float = arg(1.0, "passes over the training pairs")
+    max_steps: int = arg(-1, "if positive, optimizer steps in place of num_train_epochs")
+    batch_size: int | None = arg(None, "pairs per optimizer step, over all processes [64]")
+    per_device_train_batch_size: int = arg(8, "at most so many pairs in one forward pass of one process")
+    gradient_accumulation_steps: int | None = arg(
+        None, "forward passes per step; sets batch_size as TRL does"
+    )
+    per_device_eval_batch_size: int = arg(8, "the same in evaluation, and prompts in one call of generate")
+    weight_decay: float = arg(0.0, "AdamW's, on all parameters")
+    adam_beta1: float = arg(0.9, "AdamW's")
+    adam_beta2: float = arg(0.999, "AdamW's")
+    adam_epsilon: float = arg(1e-8, "AdamW's")
+    max_grad_norm: float = arg(1.0, "the global gradient norm is clipped to this")
+    bf16: bool | None = arg(
+        None, "compute in bfloat16; weights and optimizer keep their dtype [on a GPU: true]"
+    )
+    gradient_checkpointing: bool = arg(False, "recompute activations in the backward pass to save memory")
+    eval_strategy: Literal["steps", "no"] = arg(
+        "steps", "no: no evaluation, not even before and after training"
+    )
+    eval_steps: int | None = arg(None, "steps between evaluations; they also come before and after training")
+    eval_prompts: int = arg(8, "held-out prompts that each evaluation completes, greedily and by sampling")
+    max_new_tokens: int = arg(128, "tokens of such a completion")
+    logging_steps: int = arg(10, "steps between printed and reported metrics; metrics.jsonl has every step")
+    report_to: Literal["none", "tensorboard", "wandb", "trackio"] = arg("none", "where metrics go besides")
+    run_name: str | None = arg(None, "name of the run there")
+    save_steps: int = arg(500, "steps between checkpoints; the last step has one too")
+    save_total_limit: int = arg(2, "newest checkpoints to keep")
+    seed: int = arg(42, "of data order and sampling")
+    push_to_hub: bool = arg(False, "upload the trained model")
+    hub_model_id: str | None = arg(None, "to this repository [your name and output_dir's]")
+
+
+def fail(message: str) -> NoReturn:
+    """End the program with one line, from rank 0 alone."""
+    raise SystemExit(f"error: {message}" if int(os.environ.get("RANK", 0)) == 0 else 1)
+
+
+def parse(kind: type[Arguments], toy: dict) -> Arguments:
+    """Arguments of the command line. Without model and dataset the built-in example runs, with `toy` as defaults."""
+    parser = transformers.HfArgumentParser(kind, allow_abbrev=False)
+    flags = {word.split("=")[0] for word in sys.argv[1:] if word.startswith("--")}
+    if not flags & {"--model_name_or_path", "--dataset_name"}:
+        parser.set_defaults(model_name_or_path=str(TOY / "sft"), dataset_name=str(TOY / "pairs"), **toy)
+    args, unknown = parser.parse_args_into_dataclasses(return_remaining_strings=True)
+    if unknown:
+        near = difflib.get_close_matches(unknown[0], [f"--{f.name}" for f in fields(kind)], 1)
+        fail(
+            f"unknown argument {unknown[0]}"
+            + (f"; did you mean {near[0]}?" if near else "; --help lists all")
+        )
+    if not (args.model_name_or_path and args.dataset_name):
+        fail("--model_name_or_path and --dataset_name go together (with neither, the built-in example runs)")
+    args.output_dir = args.output_dir or f"output/{Path(sys.argv[0]).stem}"
+    return args
+
+
+# ------------------------------------------------------------------------------------------------------ processes
+
+
+def start(args: Arguments) -> tuple[int, int, torch.device]:
+    """Join the other processes; (rank, world size, device). Checks what can be checked before any work.
+
+    torchrun sets RANK, WORLD_SIZE and so on; plain `python script.py` is a world of one process.
+    """
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    if args.gradient_accumulation_steps and args.batch_size:
+        fail("give batch_size or gradient_accumulation_steps, not both: one follows from the other")
+    if args.gradient_accumulation_steps:
+        args.batch_size = args.per_device_train_batch_size * args.gradient_accumulation_steps * world
+    args.batch_size = args.batch_size or 64
+    for name in ("batch_size", "per_device_train_batch_size", "per_device_eval_batch_size", "max_new_tokens"):
+        if getattr(args, name) < 1:
+            fail(f"{name} must be at least 1, not {getattr(args, name)}")
+    for name in ("save_steps", "save_total_limit", "logging_steps", "num_train_epochs", "max_grad_norm"):
+        if getattr(args, name) <= 0:
+            fail(f"{name} must be positive, not {getattr(args, name)}")
+    if args.batch_size % world:
+        near = max(1, round(args.batch_size / world)) * world
+        fail(f"batch_size {args.batch_size} cannot be split over {world} processes; {near} can")
+    if args.report_to != "none":
+        try:
+            __import__(args.report_to)
+        except ImportError:
+            fail(f"--report_to {args.report_to} needs a package: pip install {args.report_to}")
+
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+    args.bf16 = device.type == "cuda" if args.bf16 is None else args.bf16
+    check_output_dir(args)
+    alone = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", **alone)
+    return dist.get_rank(), dist.get_world_size(), device
+
+
+def seed(*numbers: int) -> None:
+    """Random numbers from here on are a function of these numbers, such as (seed, step, rank)."""
+    torch.manual_seed(hash(numbers))
+
+
+def learning_rate(step: int, steps: int, args: Arguments) -> float:
+    """The learning rate of a step, 0 <= step < steps."""
+    warmup = args.warmup_steps if args.warmup_steps >= 1 else args.warmup_steps * steps
+    done = max(0.0, step - warmup) / max(1.0, steps - warmup)
+    decay = {"linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2, "constant": 1.0}
+    return args.learning_rate * min(1.0, (step + 1) / max(1.0, warmup)) * decay[args.lr_scheduler_type]
+
+
+# --------------------------------------------------------------------------------------------------------- models
+
+
+def load_tokenizer(args: Arguments):
+    """The policy's tokenizer. It needs an EOS token: completions end in it."""
+    options = {"revision": args.model_revision, "trust_remote_code": args.trust_remote_code}
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(args.model_name_or_path, **options)
+    except (OSError, ValueError) as error:
+        fail(f"no tokenizer at {args.model_name_or_path}: {first_line(error)}")
+    if tokenizer.eos_token_id is None:
+        fail(f"the tokenizer of {args.model_name_or_path} has no EOS token, which must end a completion")
+    return tokenizer
+
+
+def load_model(path: str, args: Arguments, device: torch.device, *, trainable: bool, compact: bool = False):
+    """A causal language model, sharded over all processes, with the method `score`, which is explained below.
+
+    Dropout is off: policy and reference must agree exactly before the first step. `compact` keeps the weights in the
+    dtype of the computation, which loses nothing as long as they do not change.
+    """
+    options = {"revision": args.model_revision, "trust_remote_code": args.trust_remote_code}
+    try:
+        config = AutoConfig.from_pretrained(path, **options).to_dict()
+        no_dropout = {key: 0.0 for key, value in config.items() if "drop" in key and isinstance(value, float)}
+        dtype = getattr(torch, args.dtype)
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **no_dropout, **options)
+    except (OSError, ValueError) as error:
+        fail(f"no causal language model at {path}: {first_line(error)}")
+    model.train(trainable).requires_grad_(trainable)
+    # The load-balancing loss of a mixture of experts lives in the module of its architecture.
+    balancing_loss = getattr(sys.modules[type(model).__module__], "load_balancing_loss_func", None)
+    model.balancing_loss = None
+    if getattr(model.config, "output_router_logits", False) and balancing_loss:
+        options = {"num_experts": model.num_experts, "top_k": model.num_experts_per_tok}
+        model.balancing_loss = partial(balancing_loss, **options)
+    model.packed = enable_packing(model)
+    if trainable and args.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    if compact and args.bf16:
+        for parameter in model.parameters():
+            parameter.data = parameter.data.to(torch.bfloat16)
+
+    # Each decoder layer is gathered when it computes and freed after; the root has embedding, last norm and head.
+    mesh = dist.init_device_mesh(device.type, (dist.get_world_size(),))
+    precision = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if args.bf16 else MixedPrecisionPolicy()
+    for layer in [m for m in model.modules() if type(m).__name__ in (model._no_split_modules or ())]:
+        fully_shard(layer, mesh=mesh, mp_policy=precision)
+    # The policy's root stays gathered for the backward pass, which frees it; the reference has none.
+    fully_shard(model, mesh=mesh, mp_policy=precision, reshard_after_forward=not trainable)
+    model.score = MethodType(score, model)
+    register_fsdp_forward_method(model, "score")
+    return model
+
+
+def first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0]
+
+
+# ----------------------------------------------------------------------------------------------------------- data
+
+
+class Pairs(NamedTuple):
+    """Tokenized preference pairs."""
+
+    rows: (
+        datasets.Dataset
+    )  # token ids `prompt`, `chosen`, `rejected`; and `answer`, a text, where the dataset has it
+    lengths: np.ndarray  # (n, 3) tokens of prompt, chosen, rejected
+    reference_logps: np.ndarray | None = (
+        None  # (n, 2) of chosen, rejected, where they were computed beforehand
+    )
+
+
+def load_pairs(args: Arguments, tokenizer) -> tuple[Pairs, Pairs | None]:
+    """Training and test pairs; None for the latter if there is no such split or eval_strategy is "no".
+
+    Columns are `prompt` (or none: it is what the completions share), `chosen`, `rejected`, and optionally `answer`:
+    each a text, or a list of messages for the tokenizer's chat template.
+    """
+    path = Path(args.dataset_name)
+    kind = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}.get(path.suffix)
+    try:
+        if path.is_file() and kind:
+            splits = datasets.load_dataset(kind, data_files=str(path))
+        else:
+            splits = datasets.load_dataset(args.dataset_name, args.dataset_config)
+    except Exception as error:  # of many types: missing, malformed, no network
+        fail(f"cannot load the dataset {args.dataset_name}: {first_line(error)}")
+    if args.dataset_train_split not in splits:
+        fail(f"{args.dataset_name} has no split '{args.dataset_train_split}'; it has {', '.join(splits)}")
+    train = tokenize_pairs(splits[args.dataset_train_split], "training", args, tokenizer)
+    if args.eval_strategy == "no":
+        return train, None
+    if args.dataset_test_split not in splits:
+        say(
+            f"no evaluation: {args.dataset_name} has no split '{args.dataset_test_split}', only {', '.join(splits)}"
+        )
+        return train, None
+    return train, tokenize_pairs(splits[args.dataset_test_split], "test", args, tokenizer)
+
+
+def tokenize_pairs(raw: datasets.Dataset, name: str, args: Arguments, tokenizer) -> Pairs:
+    """Pairs as token ids, without those that cannot be trained on; says how many there are and why some are not."""
+    if missing := {"chosen", "rejected"} - {*raw.column_names}:
+        fail(
+            f"the {name} pairs need the column {' and '.join(sorted(missing))}; found {', '.join(raw.column_names)}"
+        )
+    if len(raw) and isinstance(raw[0]["chosen"], list) and not tokenizer.chat_template:
+        fail("the pairs are conversations, but the tokenizer has no chat template")
+    columns = [column for column in raw.column_names if column != "answer"]
+    options = {"tokenizer": tokenizer, "max_length": args.max_length}
+    first_here = int(os.environ.get("LOCAL_RANK", 0)) == 0
+    if not first_here:  # wait for what the first process of this machine tokenizes, then find it in the cache
+        dist.barrier()
+    rows = raw.map(
+        tokenize_pair,
+        fn_kwargs=options,
+        num_proc=args.dataset_num_proc,
+        remove_columns=columns,
+        desc=f"{name} pairs",
+    )
+    if first_here:
+        dist.barrier()
+
+    problems = np.array(rows["problem"])
+    for problem, count in zip(*np.unique(problems[problems != ""], return_counts=True), strict=True):
+        say(f"{count} of {len(raw)} {name} pairs dropped: {problem}")
+    if moved := sum(rows["moved"]):
+        say(
+            f"in {moved} of {len(raw)} {name} pairs a token spans prompt and completion; it counts as completion"
+        )
+    kept = np.flatnonzero(problems == "")
+    if not len(kept):
+        fail(f"no {name} pairs are left")
+    lengths = [
+        pc.list_value_length(rows.data[column]).to_numpy() for column in ("prompt", "chosen", "rejected")
+    ]
+    lengths, rows = np.stack(lengths, axis=1)[kept], rows.select(kept).remove_columns(["problem", "moved"])
+    say(
+        f"{len(rows)} {name} pairs: prompt, chosen, rejected have {lengths.mean(0).round()} tokens on average"
+    )
+    return Pairs(rows, lengths)
+
+
+def tokenize_pair(row: dict, tokenizer, max_length: int) -> dict:
+    """Token ids `prompt`, `chosen`, `rejected` of one pair, or the `problem` that forbids to train on it."""
+    prompt, chosen, rejected = row.get("prompt"), row["chosen"], row["rejected"]
+    result = {"prompt": [], "chosen": [], "rejected": [], "problem": "", "moved": False}
+    if is_empty(chosen) or is_empty(rejected):
+        return result | {"problem": "a completion is empty"}
+    if isinstance(prompt, list) and isinstance(chosen, str):
+        chosen, rejected = ([{"role": "assistant", "content": y}] for y in (chosen, rejected))
+    if prompt is None or isinstance(prompt, str) != isinstance(chosen, str):
+        prompt, chosen, rejected = extract_prompt(chosen, rejected)
+    if not isinstance(prompt, str) and not prompt:
+        return result | {"problem": "the conversations share no message"}
+
+    # Tokens may span the boundary, or depend on what follows: the prompt is what all three have in common.
+    alone = encode(tokenizer, prompt)
+    chosen, rejected = encode(tokenizer, prompt, chosen), encode(tokenizer, prompt, rejected)
+    shared = min(shared_length(alone, chosen), shared_length(alone, rejected))
+    prompt, chosen, rejected = alone[:shared], chosen[shared:], rejected[shared:]
+    if not prompt and tokenizer.bos_token_id is not None:
+        prompt = [
+            tokenizer.bos_token_id
+        ]  # the first token of a completion needs something to be predicted from
+    room = max_length - len(prompt)
+    chosen, rejected = chosen[: max(0, room)], rejected[: max(0, room)]
+    if not prompt:
+        return result | {"problem": "the prompt is empty, and the tokenizer has no BOS token to stand for it"}
+    if room < 1:
+        return result | {"problem": f"the prompt leaves no room within max_length {max_length}"}
+    if chosen == rejected:
+        return result | {"problem": "the completions are identical (within max_length)"}
+    return result | {"prompt": prompt, "chosen": chosen, "rejected": rejected, "moved": shared < len(alone)}
+
+
+def is_empty(completion: str | list[dict] | None) -> bool:
+    if isinstance(completion, list):
+        return not any(message.get("content") or message.get("tool_calls") for message in completion)
+    return not completion
+
+
+def extract_prompt(chosen, rejected) -> tuple:
+    """(prompt, chosen, rejected) from completions that contain the prompt: the words or messages that they share."""
+    texts = isinstance(chosen, str)
+    if texts:
+        chosen, rejected = (re.findall(r"\s*\S+|\s+", text) for text in (chosen, rejected))
+    n = min(shared_length(chosen, rejected), len(chosen) - 1, len(rejected) - 1)  # leave something to both
+    parts = chosen[:n], chosen[n:], rejected[n:]
+    return tuple("".join(part) for part in parts) if texts else parts
+
+
+def shared_length(a: list, b: list) -> int:
+    """How many elements two lists have in common at their beginning."""
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
+def encode(tokenizer, prompt: str | list[dict], completion: str | list[dict] | None = None) -> list[int]:
+    """Token ids of a prompt that waits for its completion, or of prompt, completion and end.
+
+    Conversations: what the chat template makes of them. Texts: BOS once if the tokenizer adds one; EOS once.
+    """
+    if isinstance(prompt, list):
+        messages = [{k: v for k, v in m.items() if v is not None} for m in prompt + (completion or [])]
+        unfinished = completion is None and messages[-1]["role"] == "assistant"
+        return tokenizer.apply_chat_template(
+            messages,
+            add_generation_prompt=completion is None and not unfinished,
+            continue_final_message=unfinished,
+            return_dict=False,
+        )
+    ids = tokenizer(prompt + (completion or ""))["input_ids"]
+    if len(ids) > 1 and ids[0] == ids[1] == tokenizer.bos_token_id:  # the text has its own
+        ids = ids[1:]
+    ended = ids[-1:] == [tokenizer.eos_token_id] and not (
+        completion is None and prompt.endswith(tokenizer.eos_token)
+    )
+    if completion is None:
+        return ids[:-1] if ended else ids
+    return ids if ended else [*ids, tokenizer.eos_token_id]
+
+
+def global_batches(lengths: np.ndarray, args: Arguments) -> np.ndarray:
+    """The row numbers of every batch of the run, (steps, batch_size): a function of seed and epoch alone.
+
+    Each epoch is shuffled; batches are of pairs of similar length, which balances processes and saves padding. The
+    pairs of an epoch that do not fill a batch wait for another epoch.
+    """
+    n, size = len(lengths), args.batch_size
+    if n < size:
+        fail(f"{n} pairs do not fill a batch of {size}; give a --batch_size of at most {n}")
+    steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * (n // size))
+    epochs = []
+    for epoch in range(math.ceil(steps / (n // size))):
+        generator = np.random.default_rng((args.seed, epoch))
+        order = generator.permutation(n)[: n // size * size]
+        for window in range(
+            0, len(order), 32 * size
+        ):  # sorting all would make the epoch's batches ever the same
+            part = order[window : window + 32 * size]
+            order[window : window + 32 * size] = part[np.argsort(lengths[part].sum(1), kind="stable")]
+        epochs.append(generator.permutation(order.reshape(-1, size)))
+    return np.concatenate(epochs)[:steps]
+
+
+# ---------------------------------------------------------------------------------------------- packed log-probs
+
+
+@dataclass
+class Batch:
+    """B pairs in one row without padding: prompt, chosen, rejected, next prompt, ...
+
+    A prompt's tokens are there once: both completions attend to them. The last token of a completion is only ever a
+    label, so it is not in the row. T tokens in the row, N completion tokens, sequences of at most L tokens.
+    """
+
+    input_ids: Tensor  # (1, T)
+    position_ids: Tensor  # (1, T); each completion goes on where its prompt ends
+    labels: Tensor  # (N,) the completion tokens: those of the first chosen, the first rejected, the next chosen ...
+    source: Tensor  # (N,) the place in the row whose hidden state predicts the label
+    owner: Tensor  # (N,) the completion that the label belongs to: 2i is the chosen, 2i + 1 the rejected of pair i
+    index: Tensor  # (N,) the label's index in its completion
+    sequences: Tensor  # (2B, L) places in the row of each prompt and completion; filled up with place 0
+    home: Tensor  # (T,) and back: where in the flattened sequences a token of the row is
+    lengths: Tensor  # (B, 2) tokens of chosen and rejected
+    rows: np.ndarray  # (B,) row numbers of the pairs
+    step_pairs: int  # pairs in the whole global batch, of which this is a part
+    step_tokens: tuple[int, int, int]  # tokens there, of all prompts, chosen and rejected
+    reference_logps: Tensor | None  # (B, 2), where they were computed beforehand
+
+    def sum(self, token_values: Tensor) -> Tensor:
+        """(B, 2): sums of token values (N,) over each chosen and each rejected completion."""
+        rows = token_values.new_zeros(
+            self.lengths.numel(), self.sequences.shape[1]
+        )  # a sum over atomics would not be
+        return (
+            rows.index_put((self.owner, self.index), token_values).sum(1).view(-1, 2)
+        )  # the same twice on a GPU
+
+
+def micro_batches(pairs: Pairs, rows: np.ndarray, size: int, device: torch.device) -> Iterator[Batch]:
+    """This process's part of a global batch, at most `size` pairs at a time; as many batches on every process.
+
+    An uneven end leaves some processes with a batch of no pairs: it computes, contributes nothing, keeps in step.
+    """
+    rank, world = dist.get_rank(), dist.get_world_size()
+    mine = rows[
+        rank::world
+    ]  # pairs next to each other are of similar length: every process gets its share of each
+    for start in range(0, math.ceil(len(rows) / world), size):
+        part = mine[start : start + size]
+        columns = pairs.rows[part] if len(part) else {"prompt": [], "chosen": [], "rejected": []}
+        tensors = pack(list(zip(columns["prompt"], columns["chosen"], columns["rejected"], strict=True)))
+        tensors["reference_logps"] = None if pairs.reference_logps is None else pairs.reference_logps[part]
+        tensors = {k: None if v is None else torch.as_tensor(v).to(device) for k, v in tensors.items()}
+        yield Batch(
+            **tensors, rows=part, step_pairs=len(rows), step_tokens=tuple(pairs.lengths[rows].sum(0).tolist())
+        )
+
+
+def pack(pairs: list[tuple[list[int], ...]]) -> dict[str, np.ndarray]:
+    """The arrays of a Batch, from the token ids (prompt, chosen, rejected) of each pair."""
+    ids, positions, sequences, source = [], [], [], []
+    end = 0  # of the row so far
+    for prompt, *completions in pairs or [
+        ([0], [0], [0])
+    ]:  # no pairs: a token, for the model has to compute something
+        start, end = end, end + len(prompt)
+        ids.append(prompt)
+        positions.append(np.arange(len(prompt)))
+        for completion in completions:
+            body = np.arange(end, end + len(completion) - 1)
+            end += len(body)
+            ids.append(completion[:-1])
+            positions.append(len(prompt) + np.arange(len(body)))
+            sequences.append(np.concatenate([np.arange(start, start + len(prompt)), body]))
+            source.append(
+                sequences[-1][len(prompt) - 1 :]
+            )  # a prompt's last token predicts the first of a completion
+    longest = max(map(len, sequences))
+    home = np.empty(end, dtype=np.int64)
+    for i, sequence in enumerate(sequences):
+        home[sequence] = i * longest + np.arange(len(sequence))
+    lengths = np.array([len(y) for pair in pairs for y in pair[1:]], dtype=np.int64)
+    labels = [y for pair in pairs for y in pair[1:]]
+    return {
+        "input_ids": np.concatenate(ids).astype(np.int64)[None],
+        "position_ids": np.concatenate(positions)[None],
+        "labels": np.concatenate([*labels, []]).astype(np.int64),
+        "source": np.concatenate([*source[: len(labels)], []]).astype(np.int64),
+        "owner": np.arange(len(lengths)).repeat(lengths),
+        "index": np.concatenate([*map(np.arange, lengths), []]).astype(np.int64),
+        "sequences": np.stack([np.pad(sequence, (0, longest - len(sequence))) for sequence in sequences]),
+        "home": home,
+        "lengths": lengths.reshape(-1, 2),
+    }
+
+
+class Scores(NamedTuple):
+    """What a model says about a Batch."""
+
+    token_logps: Tensor  # (N,) log-probability of each completion token, at least float32
+    aux_loss: (
+        Tensor | float
+    )  # () load-balancing loss of a mixture of experts whose config asks for it, else 0
+    log_collisions: Tensor | None  # (N,) log Σ_v π(v)² of the same predictions, detached, where asked for
+
+
+def score(model, batch: Batch, *, collisions: bool = False) -> Scores:
+    """model.score(batch): packed, with shared prompts, and no [tokens, vocabulary] tensor kept.
+
+    Equal to `plain_score`, the definition, which runs for the architectures where this would not be (enable_packing).
+    """
+    if not model.packed:
+        return plain_score(model, batch, collisions=collisions)
+    outputs = model.get_decoder()(
+        input_ids=batch.input_ids,
+        attention_mask=torch.ones_like(
+            batch.input_ids
+        ),  # None and restarting positions would make a [T, T] mask
+        position_ids=batch.position_ids,
+        use_cache=False,
+        packed_sequences=batch.sequences,
+        packed_home=batch.home,
+        **({"output_router_logits": True} if model.balancing_loss else {}),
+    )
+    hidden = outputs.last_hidden_state[0, batch.source]  # (N, D)
+
+    def chunk_logps(hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor | None]:
+        return label_logps(model.get_output_embeddings()(hidden), labels, collisions)
+
+    size = max(64, 2**26 // model.config.get_text_config().vocab_size)  # 2^26 logits are 256 MiB in float32
+    chunks = zip(hidden.split(size), batch.labels.split(size), strict=True)
+    token_logps, log_collisions = zip(
+        *(checkpoint(chunk_logps, *chunk, use_reentrant=False, preserve_rng_state=False) for chunk in chunks),
+        strict=True,
+    )
+    aux_loss = model.balancing_loss(outputs.router_logits) if model.balancing_loss else 0.0
+    return Scores(torch.cat(token_logps), aux_loss, torch.cat(log_collisions) if collisions else None)
+
+
+def plain_score(model, batch: Batch, *, collisions: bool = False) -> Scores:
+    """The textbook's way: rows padded on the right, the model's own logits, log-softmax, gather."""
+    mask = batch.sequences > 0  # (2B, L); place 0 is the first token of a sequence, or stands for padding
+    mask[:, 0] = True
+    row, column = (batch.home[batch.source] // mask.shape[1], batch.home[batch.source] % mask.shape[1])
+    needed = torch.zeros_like(mask[0]).index_fill(0, column, True)
+    outputs = model.forward(  # not model(...): that would gather the shards again
+        input_ids=batch.input_ids[0, batch.sequences],
+        attention_mask=mask.long(),
+        use_cache=False,
+        logits_to_keep=needed.nonzero()[:, 0],
+    )
+    logits = outputs.logits[row, needed.cumsum(0)[column] - 1]  # (N, V)
+    return Scores(*label_logps(logits, batch.labels, collisions), getattr(outputs, "aux_loss", None) or 0.0)
+
+
+def label_logps(logits: Tensor, labels: Tensor, collisions: bool) -> tuple[Tensor, Tensor | None]:
+    """log π(label) (N,) under logits (N, V), and log Σ_v π(v)² if asked for; in float32 at least."""
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    logps = -F.cross_entropy(logits, labels, reduction="none")
+    if not collisions:
+        return logps, None
+    return logps, ((2 * logits).logsumexp(-1) - 2 * logits.logsumexp(-1)).detach()
+
+
+def packed_attention(module, query, key, value, mask, *, packed_sequences=None, packed_home=None, **options):
+    """An attention function for transformers: q, k, v (1, heads, T, size) -> (1, T, heads, size).
+
+    Each sequence becomes a causal row of its own, so that the flash kernel runs without a mask, and is packed again.
+    """
+    if packed_sequences is None:  # an ordinary call, such as from generate()
+        return sdpa_attention_forward(module, query, key, value, mask, **options)
+    if options.get("softcap") is not None or options.get("s_aux") is not None:
+        raise NotImplementedError("attention with a softcap or sinks")
+    (rows, length), window = packed_sequences.shape, options.get("sliding_window")
+    query, key, value = (
+        x[0].index_select(1, packed_sequences.flatten()).unflatten(1, (rows, length)).transpose(0, 1)
+        for x in (query, key, value)
+    )  # (2B, heads, L, size); padding is on the right, where causal attention does not look
+    mask = None
+    if window and window < length:
+        mask = torch.ones(length, length, dtype=torch.bool, device=query.device).tril().triu(1 - window)
+    out, _ = sdpa_attention_forward(module, query, key, value, mask, **options | {"is_causal": True})
+    return out.flatten(0, 1).index_select(0, packed_home)[None], None
+
+
+AttentionInterface.register("packed", packed_attention)
+AttentionMaskInterface.register("packed", sdpa_mask)  # ordinary calls get their padding and window masks
+
+
+@torch.no_grad()
+def enable_packing(model) -> bool:
+    """Switch a model, not yet sharded, to packed attention if that gives the same log-probabilities as plain_score.
+
+    Not every architecture honours the attention interface, and some do more to a hidden state than apply the head.
+    """
+    draw = np.random.default_rng(0).integers
+    tokens = min(100, model.config.get_text_config().vocab_size)
+    pairs = [[draw(1, tokens, n).tolist() for n in lengths] for lengths in ((9, 7, 5), (2, 1, 12))]
+    arrays = {name: torch.from_numpy(array) for name, array in pack(pairs).items()}
+    batch = Batch(**arrays, rows=np.arange(2), step_pairs=2, step_tokens=(11, 8, 17), reference_logps=None)
+    want = plain_score(model, batch).token_logps
+    before = model.config._attn_implementation
+    tolerance = 0.1 if model.dtype == torch.bfloat16 else 1e-4
+    try:
+        model.packed = True
+        model.set_attn_implementation("packed")
+        difference = (score(model, batch).token_logps - want).abs().max().item()
+    except Exception as error:  # whatever a model does that was not foreseen
+        reason = f"{type(error).__name__}: {first_line(error)}"
+    else:
+        if difference < tolerance:
+            say(
+                f"{type(model).__name__}: packed log-probabilities (within {difference:.0e} of the plain ones)"
+            )
+            return True
+        reason = f"packed log-probabilities would be off by {difference:.0e}"
+    model.set_attn_implementation(before)
+    say(
+        f"{type(model).__name__}: plain, padded log-probabilities, which take more time and memory ({reason})"
+    )
+    return False
+
+
+# ------------------------------------------------------------------------------------------------------- sampling
+
+
+@contextmanager
+def gathered(model, args: Arguments) -> Iterator[bool]:
+    """Full weights on every process while generating, if they fit: one all-gather, not one per token and layer.
+
+    Yields whether they do. If not, all processes must generate the same number of tokens (synced_gpus).
+    """
+    fits = torch.ones((), device=model.device)
+    if model.device.type == "cuda":
+        size = sum(p.numel() for p in model.parameters()) * (2 if args.bf16 else 4)
+        fits *= size < 0.8 * torch.cuda.mem_get_info()[0]
+    dist.all_reduce(fits, op=dist.ReduceOp.MIN)
+    parts = [m for m in model.modules() if isinstance(m, FSDPModule)] if fits else []
+    for part in parts:
+        part.unshard()
+        part.set_reshard_after_forward(False, recurse=False)
+    try:
+        yield bool(fits)
+    finally:
+        trained = next(model.parameters()).requires_grad
+        for part in parts:  # as load_model had it
+            part.set_reshard_after_forward(part is not model or not trained, recurse=False)
+            part.reshard()
+
+
+@torch.no_grad()
+def generate(model, tokenizer, prompts: list[list[int]], args: Arguments, **sampling) -> list[list[int]]:
+    """One completion (token ids, ending in EOS unless cut off) per prompt; `sampling` as for generate()."""
+    was_training, config = model.training, model.generation_config
+    eos = config.eos_token_id if config.eos_token_id is not None else tokenizer.eos_token_id
+    eos = eos if isinstance(eos, list) else [eos]
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else eos[0]
+    # A fresh configuration: what the checkpoint's says of temperature or top-k must not change the distribution.
+    model.generation_config = transformers.GenerationConfig(
+        eos_token_id=eos, pad_token_id=pad, max_new_tokens=args.max_new_tokens, **sampling
+    )
+    completions = []
+    model.eval()  # else gradient checkpointing would switch off the cache of keys and values
+    try:
+        with gathered(model, args) as full:
+            for start in range(0, len(prompts), args.per_device_eval_batch_size):
+                part = prompts[start : start + args.per_device_eval_batch_size]
+                longest = max(map(len, part))
+                ids = torch.tensor([[pad] * (longest - len(p)) + p for p in part], device=model.device)
+                mask = torch.tensor(
+                    [[0] * (longest - len(p)) + [1] * len(p) for p in part], device=model.device
+                )
+                out = model.generate(input_ids=ids, attention_mask=mask, synced_gpus=not full)[
+                    :, longest:
+                ].tolist()
+                for row in out:
+                    end = next((i + 1 for i, token in enumerate(row) if token in eos), len(row))
+                    completions.append(row[:end])
+    finally:
+        model.train(was_training)
+        model.generation_config = config
+    return completions
+
+
+def complete(policy, tokenizer, test: Pairs | None, args: Arguments, step: int) -> tuple[dict, list[dict]]:
+    """Complete held-out prompts, greedily and by sampling; (metrics, samples), the same on every process.
+
+    The metrics are the exact match of both with the dataset's `answer`, where it has one.
+    """
+    count = 0 if test is None else min(args.eval_prompts, len(test.rows))
+    if not count:
+        return {}, []
+    rank, world = dist.get_rank(), dist.get_world_size()
+    mine = [
+        i % count for i in range(rank, math.ceil(count / world) * world, world)
+    ]  # equally many on all processes
+    rows = test.rows[mine]
+    seed(args.seed, step, rank)
+    greedy = generate(policy, tokenizer, rows["prompt"], args, do_sample=False)
+    sampled = generate(policy, tokenizer, rows["prompt"], args, do_sample=True, temperature=1.0, top_k=0)
+    texts = [
+        tokenizer.batch_decode(part, skip_special_tokens=True) for part in (rows["prompt"], greedy, sampled)
+    ]
+    answers = {"answer": rows["answer"]} if "answer" in rows else {}
+    columns = {"prompt": texts[0], "greedy": texts[1], "sampled": texts[2], **answers}
+    parts = [None] * world
+    dist.all_gather_object(
+        parts, [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+    )
+    samples = [{"step": step, **parts[i % world][i // world]} for i in range(count)]
+    if not answers:
+        return {}, samples
+
+    def exact_match(kind: str) -> float:
+        return sum(sample[kind].strip() == sample["answer"].strip() for sample in samples) / count
+
+    return {"exact_match": exact_match("greedy"), "exact_match_sampled": exact_match("sampled")}, samples
+
+
+# ------------------------------------------------------------------------------------------------------------ log
+
+
+def say(message: str) -> None:
+    """Print a line from rank 0, above the progress bar."""
+    if int(os.environ.get("RANK", 0)) == 0:
+        tqdm.write(message)
+
+
+class Log:
+    """Global means of the metrics: to metrics.jsonl, a line per step and per evaluation, the console and a tracker.
+
+    Scripts `add` parts that sum to the mean over the whole global batch, such as a sum over some pairs divided by the
+    number of pairs in the step. The signals SIGTERM and SIGINT set `interrupted` after the step they fall into.
+    """
+
+    def __init__(self, args: Arguments, first_step: int, steps: int, device: torch.device):
+        self.args, self.steps, self.device = args, steps, device
+        self.parts: dict[str, Tensor | float] = {}
+        self.signals: list[int] = []
+        self.interrupted = False
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self.on_signal)
+        self.main = dist.get_rank() == 0
+        self.bar = tqdm(
+            initial=first_step, total=steps, unit="step", disable=not self.main, dynamic_ncols=True
+        )
+        self.track = lambda metrics, step: None
+        if self.main:
+            self.metrics = reopen(Path(args.output_dir, "metrics.jsonl"), first_step)
+            self.completions = reopen(Path(args.output_dir, "completions.jsonl"), first_step)
+            self.track = tracker(args)
+        self.time = time.perf_counter()
+
+    def on_signal(self, number: int, frame) -> None:
+        self.signals.append(number)
+        signal.signal(number, signal.SIG_DFL)  # a second one ends the program at once
+
+    def add(self, parts: dict[str, Tensor | float]) -> None:
+        for name, value in parts.items():
+            value = value.detach().double() if isinstance(value, Tensor) else value
+            self.parts[name] = self.parts.get(name, 0.0) + value
+
+    def means(self) -> dict[str, float]:
+        """The sums over all processes of what was added since the last call, in one all-reduce."""
+        parts, self.parts = self.parts | {"interrupted": float(len(self.signals))}, {}
+        values = torch.stack(
+            [torch.as_tensor(v, dtype=torch.float64, device=self.device) for v in parts.values()]
+        )
+        dist.all_reduce(values)
+        metrics = dict(zip(parts, values.tolist(), strict=True))
+        self.interrupted = metrics.pop("interrupted") > 0
+        return metrics
+
+    def step(self, step: int, metrics: dict[str, float], pairs: int, tokens: int) -> None:
+        """Write the metrics of the step that made it `step` steps."""
+        seconds, self.time = time.perf_counter() - self.time, time.perf_counter()
+        metrics |= {"pairs_per_second": pairs / seconds, "tokens_per_second": tokens / seconds}
+        metrics["peak_memory_gib"] = peak_memory(self.device)
+        self.write(step, metrics)
+        shown = {"loss": "loss", "margin": "rewards/margins", "accuracy": "rewards/accuracies"}
+        self.bar.set_postfix(
+            {k: f"{metrics[v]:.3g}" for k, v in shown.items()} | {"pairs/s": f"{pairs / seconds:.1f}"}
+        )
+        self.bar.update()
+        if step % self.args.logging_steps == 0 or step == self.steps:
+            self.report(step, metrics)
+
+    def evaluation(self, step: int, metrics: dict[str, float], samples: list[dict]) -> None:
+        """Write metrics of the test pairs, and completions, after `step` steps."""
+        metrics = {f"eval_{name}": value for name, value in metrics.items()}
+        self.write(step, metrics)
+        self.report(step, metrics)
+        for sample in samples[:3]:
+            say(f"  {sample['prompt']!r} greedy: {sample['greedy']!r} sampled: {sample['sampled']!r}")
+        if self.main:
+            self.completions.writelines(json.dumps(sample) + "\n" for sample in samples)
+        self.time = time.perf_counter()
+
+    def write(self, step: int, metrics: dict[str, float]) -> None:
+        if self.main:
+            strict = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+            self.metrics.write(json.dumps({"step": step, **strict}, allow_nan=False) + "\n")
+
+    def report(self, step: int, metrics: dict[str, float]) -> None:
+        say(f"step {step}/{self.steps} " + " ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
+        self.track(metrics, step)
+
+    def close(self) -> None:
+        self.bar.close()
+        self.track(None, self.steps)
+
+
+def reopen(path: Path, step: int):
+    """A .jsonl file to append to, without the lines after `step`: those steps run again."""
+    lines = path.read_text().splitlines(keepends=True) if step and path.exists() else []
+    path.write_text(
+        "".join(line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step)
+    )
+    return path.open("a", buffering=1)
+
+
+def peak_memory(device: torch.device) -> float:
+    """GiB that this process had at most: of GPU memory, or of RAM if it runs on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
+
+
+def tracker(args: Arguments):
+    """A function (metrics, step) that reports to the tracker of --report_to; metrics None closes it."""
+    if args.report_to == "none":
+        return lambda metrics, step: None
+    if args.report_to == "tensorboard":
+        from torch.utils.tensorboard import SummaryWriter
+
+        writer = SummaryWriter(Path(args.output_dir, "tensorboard"))
+
+        def track(metrics, step):
+            for name, value in (metrics or {}).items():
+                writer.add_scalar(name, value, step)
+            if metrics is None:
+                writer.close()
+    else:  # wandb and trackio have the same interface
+        tracking = __import__(args.report_to)
+        project = Path(args.output_dir).name
+        run = tracking.init(project=project, name=args.run_name, config=asdict(args), dir=args.output_dir)
+
+        def track(metrics, step):
+            tracking.log(metrics, step=step) if metrics is not None else tracking.finish()
+
+    return track
+
+
+# ---------------------------------------------------------------------------------------------------- checkpoints
+
+IMMATERIAL = {
+    "overwrite_output_dir",
+    "dataset_num_proc",
+    "logging_steps",
+    "report_to",
+    "run_name",
+    "save_steps",
+}
+IMMATERIAL |= {"save_total_limit", "push_to_hub", "hub_model_id"}  # may change when a run goes on
+
+
+def write_run(args: Arguments, finished: bool) -> None:
+    """run.json: what runs in output_dir, and whether it is done. Replaced in one go."""
+    path = Path(args.output_dir, "run.json")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    versions = {"torch": torch.__version__, "transformers": transformers.__version__}
+    content = {
+        "script": Path(sys.argv[0]).name,
+        "finished": finished,
+        "versions": versions,
+        "arguments": asdict(args),
+    }
+    path.with_suffix(".tmp").write_text(json.dumps(content, indent=2))
+    path.with_suffix(".tmp").replace(path)
+
+
+def check_output_dir(args: Arguments) -> None:
+    """An output_dir holds one run: the same command goes on with it, another is refused."""
+    path = Path(args.output_dir, "run.json")
+    if args.overwrite_output_dir or not path.exists():
+        return
+    run, script = json.loads(path.read_text()), Path(sys.argv[0]).name
+    old, new = ({"script": s, **a} for s, a in ((run["script"], run["arguments"]), (script, asdict(args))))
+    differ = [name for name in new if name not in IMMATERIAL and old.get(name) != new[name]]
+    if differ:
+        changes = ", ".join(f"{name} {old.get(name)} (now {new[name]})" for name in differ)
+        fail(
+            f"{args.output_dir} holds a run with {changes}; choose another --output_dir or --overwrite_output_dir"
+        )
+    if run["finished"]:
+        say(f"finished already, in {args.output_dir}; --overwrite_output_dir starts anew")
+        raise SystemExit(0)
+
+
+def complete_checkpoints(args: Arguments) -> list[Path]:
+    """Directories of checkpoints, oldest first; .metadata is written last, so that a torn one has none."""
+    return sorted(path.parent for path in Path(args.output_dir, "checkpoints").glob("*/.metadata"))
+
+
+def training_state(policy, optimizer, step: int, extra: dict) -> dict:
+    model, optim = dsd.get_state_dict(policy, optimizer)
+    return {"model": model, "optimizer": optim, "step": step, "processes": dist.get_world_size(), **extra}
+
+
+def save_checkpoint(args: Arguments, policy, optimizer, step: int, extra: dict[str, Tensor]) -> None:
+    """The state after `step` steps. `extra` is a method's own: tensors, or dicts of them."""
+    state = training_state(policy, optimizer, step, extra)
+    dcp.save(state, checkpoint_id=Path(args.output_dir, "checkpoints", f"{step:08d}"))
+    if dist.get_rank() == 0:
+        for old in complete_checkpoints(args)[: -args.save_total_limit]:
+            (old / ".metadata").unlink()  # first, so that a half-deleted one does not look complete
+            shutil.rmtree(old)
+
+
+def resume(args: Arguments, policy, optimizer, extra: dict[str, Tensor]) -> int:
+    """Load the newest checkpoint in place; the number of steps that it has behind it, 0 if there is none."""
+    newest = [None]
+    if dist.get_rank() == 0:
+        if args.overwrite_output_dir and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
+            for name in ("run.json", "metrics.jsonl", "completions.jsonl"):
+                Path(args.output_dir, name).unlink(missing_ok=True)
+            for path in Path(args.output_dir).glob("reference_logps_*"):
+                path.unlink()
+            for name in ("checkpoints", "tensorboard"):
+                shutil.rmtree(Path(args.output_dir, name), ignore_errors=True)
+        newest = [complete_checkpoints(args)[-1] if complete_checkpoints(args) else None]
+        for path in Path(args.output_dir, "checkpoints").glob("*"):
+            if not (path / ".metadata").exists():
+                shutil.rmtree(path)  # torn: the run was killed while it saved
+        write_run(args, finished=False)
+    dist.broadcast_object_list(newest)  # one decision for all
+    if newest[0] is None:
+        return 0
+    state = training_state(policy, optimizer, 0, extra)
+    dcp.load(state, checkpoint_id=newest[0])
+    dsd.set_state_dict(
+        policy, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"]
+    )
+    say(f"going on after step {state['step']}, from {newest[0]}")
+    if state["processes"] != dist.get_world_size():
+        say(
+            f"it ran on {state['processes']} processes: on {dist.get_world_size()} results are equal up to rounding"
+        )
+    return state["step"]
+
+
+def save_model(args: Arguments, policy, tokenizer) -> None:
+    """Model and tokenizer for from_pretrained(output_dir), and on the Hub if asked for. Marks the run as finished."""
+    options = dsd.StateDictOptions(
+        full_state_dict=True, cpu_offload=True
+    )  # the whole model is on rank 0 only
+    weights = dsd.get_model_state_dict(policy, options=options)
+    if dist.get_rank() == 0:
+        weights = {name: w for name, w in weights.items() if name not in policy.all_tied_weights_keys}
+        policy.save_pretrained(args.output_dir, state_dict=weights)
+        tokenizer.save_pretrained(args.output_dir)
+        if args.push_to_hub:
+            from huggingface_hub import HfApi
+
+            repository = (
+                HfApi().create_repo(args.hub_model_id or Path(args.output_dir).name, exist_ok=True).repo_id
+            )
+            HfApi().upload_folder(
+                repo_id=repository, folder_path=args.output_dir, ignore_patterns=["checkpoints/*", "*.npy"]
+            )
+            say(f"uploaded to {repository}")
+        write_run(args, finished=True)
+        say(f"finished: the model is in {args.output_dir}")
+    dist.barrier()

@@ -1,0 +1,154 @@
+"""Make the built-in example: numbers to English words, machine translation in miniature.
+
+python tests/toy/make_toy.py    # about 95 seconds on two CPU cores
+
+It writes next to itself
+
+    sft/               a 336k-parameter character-level Llama and its tokenizer, trained on noisy translations
+    pairs/train.jsonl  2,000 preference pairs: a perfect translation is chosen over an imperfect one
+    pairs/test.jsonl   the same for 500 numbers that neither sft/ nor the training pairs have seen
+
+The translators that the model imitates are perfect 30% of the time, adequate 55% and wrong 15%. So imitation
+is capped: the model knows the perfect form but seldom says it. Preference optimization can close that gap, and
+since the truth is computable, how far it does so is measured, not judged.
+Every draw is seeded: the pairs are the same on every machine, the weights up to floating-point rounding.
+"""
+
+import json
+import random
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+HERE = Path(__file__).parent
+ONES = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven"]
+ONES += ["twelve", "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen"]
+TENS = ["", "", "twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety"]
+HELD_OUT = sorted(random.Random(7).sample(range(10_000), 500))
+TRAIN = sorted(set(range(10_000)) - set(HELD_OUT))
+
+
+def perfect(n: int) -> str:
+    """British English with hyphens: 3942 is three thousand nine hundred and forty-two."""
+    if n < 20:
+        return ONES[n]
+    if n < 100:
+        return TENS[n // 10] + ("-" + ONES[n % 10] if n % 10 else "")
+    if n < 1000:
+        return ONES[n // 100] + " hundred" + (" and " + perfect(n % 100) if n % 100 else "")
+    link = " and " if n % 1000 < 100 else " "
+    return ONES[n // 1000] + " thousand" + (link + perfect(n % 1000) if n % 1000 else "")
+
+
+def adequate(n: int, rng: random.Random) -> str:
+    """The right number in careless English; the perfect form where there is nothing to drop (7, 5000)."""
+    text = perfect(n).replace(" and ", " ")
+    if rng.random() < 0.5:
+        text = text.replace("-", " ")
+    return text.replace("forty", "fourty").replace("ninety", "ninty") if rng.random() < 0.3 else text
+
+
+def wrong(n: int, rng: random.Random) -> str:
+    """Another number: one digit is misread."""
+    digits = list(str(n))
+    place = rng.randrange(len(digits))
+    digits[place] = rng.choice("123456789".replace(digits[place], ""))
+    return adequate(int("".join(digits)), rng)
+
+
+def is_adequate(n: int, text: str) -> bool:
+    """Whether the text means n, perfectly or carelessly written."""
+    text = text.replace("fourty", "forty").replace("ninty", "ninety")
+    return text.replace(" and ", " ").replace("-", " ") == perfect(n).replace(" and ", " ").replace("-", " ")
+
+
+def turn(role: str, content: int | str) -> list[dict[str, str]]:
+    return [{"role": role, "content": str(content)}]
+
+
+def make_pair(n: int, rng: random.Random) -> dict:
+    """Three in four rejected answers are adequate, the others wrong; none is perfect."""
+    chosen = rejected = perfect(n)
+    while rejected == chosen:
+        rejected = adequate(n, rng) if rng.random() < 0.75 else wrong(n, rng)
+    pair = {"prompt": turn("user", n), "chosen": turn("assistant", chosen)}
+    return pair | {"rejected": turn("assistant", rejected), "answer": chosen}
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """One token per character. A conversation is <s>3942=three thousand nine hundred and forty-two</s>."""
+    tokens = ["<pad>", "<s>", "</s>", "<unk>", *"0123456789abcdefghijklmnopqrstuvwxyz -="]
+    ids = {token: i for i, token in enumerate(tokens)}
+    tokenizer = Tokenizer(models.WordLevel(ids, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), behavior="isolated")
+    tokenizer.decoder = decoders.Fuse()  # without it, decoding puts a space between tokens
+    specials = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    # The template ignores add_generation_prompt: the "=" that ends a user turn already asks for an answer.
+    template = (
+        "{% for message in messages %}{% if message.role == 'user' %}{{ bos_token + message.content + '=' }}"
+        "{% else %}{{ message.content + eos_token }}{% endif %}{% endfor %}"
+    )
+    more = {"chat_template": template, "clean_up_tokenization_spaces": False, "model_max_length": 128}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **specials, **more)
+
+
+def sft(tokenizer, steps: int = 1200, batch_size: int = 64, lr: float = 3e-3) -> LlamaForCausalLM:
+    """Train a model from random weights to say what the noisy translators say."""
+    shape = {"hidden_size": 96, "intermediate_size": 256, "num_hidden_layers": 3, "num_attention_heads": 4}
+    shape |= {"vocab_size": len(tokenizer), "max_position_embeddings": 128, "tie_word_embeddings": True}
+    ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ["bos", "eos", "pad"]}
+    model = LlamaForCausalLM(LlamaConfig(**shape, **ids))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda t: min(1, (t + 1) / 50) * (1 - t / steps))
+    rng = random.Random(0)
+    for _ in range(steps):
+        chats = []
+        for n in rng.choices(TRAIN, k=batch_size):
+            luck = rng.random()
+            answer = perfect(n) if luck < 0.30 else adequate(n, rng) if luck < 0.85 else wrong(n, rng)
+            chats.append(turn("user", n) + turn("assistant", answer))
+        ids = tokenizer.apply_chat_template(chats, padding=True, return_tensors="pt").input_ids  # (B, T)
+        # The answer is what follows "="; its "</s>" is learned too, the padding is not.
+        in_answer = (ids == tokenizer.convert_tokens_to_ids("=")).cumsum(1)[:, :-1] > 0
+        learned = in_answer & (ids[:, 1:] != tokenizer.pad_token_id)  # (B, T - 1)
+        logits = model(ids, use_cache=False).logits[:, :-1]
+        F.cross_entropy(logits[learned], ids[:, 1:][learned]).backward()
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+    return model.eval()
+
+
+def translate(model: LlamaForCausalLM, tokenizer, numbers: list[int], **sampling) -> list[str]:
+    """Generated answers. Prompts are padded on the left, so that every answer follows its "=" at once."""
+    chats = [turn("user", n) for n in numbers]
+    left = {"padding_side": "left"}
+    inputs = tokenizer.apply_chat_template(chats, padding=True, return_tensors="pt", tokenizer_kwargs=left)
+    ids = model.generate(**inputs, max_new_tokens=64, **sampling)
+    return tokenizer.batch_decode(ids[:, inputs.input_ids.shape[1] :], skip_special_tokens=True)
+
+
+def main() -> None:
+    (HERE / "pairs").mkdir(exist_ok=True)
+    rng = random.Random(1)
+    for split, numbers in {"train": rng.sample(TRAIN, 2000), "test": HELD_OUT}.items():
+        lines = [json.dumps(make_pair(n, rng)) + "\n" for n in numbers]
+        (HERE / "pairs" / f"{split}.jsonl").write_text("".join(lines))
+    torch.manual_seed(0)
+    tokenizer = make_tokenizer()
+    model = sft(tokenizer)
+    tokenizer.save_pretrained(HERE / "sft")
+    model.save_pretrained(HERE / "sft")
+    greedy = translate(model, tokenizer, HELD_OUT, do_sample=False)
+    sampled = translate(model, tokenizer, HELD_OUT, do_sample=True, top_k=0)
+    truth = [perfect(n) for n in HELD_OUT]
+    print("On the held-out numbers, perfect when greedy:", sum(map(str.__eq__, greedy, truth)) / 500)
+    print("perfect when sampled:", sum(map(str.__eq__, sampled, truth)) / 500)
+    print("perfect or adequate when sampled:", sum(map(is_adequate, HELD_OUT, sampled)) / 500)
+
+
+if __name__ == "__main__":
+    main()
