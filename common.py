@@ -1,9 +1,10 @@
 """What the scripts share: arguments, processes, models, data, packed log-probabilities, sampling, log, checkpoints.
 
-Nothing here decides what a method optimises: losses, how log-probabilities are reduced, and the step are in the scripts.
+What decides the gradient is not here but in the scripts: losses, how log-probabilities are reduced, the step.
 """
 
 import difflib
+import importlib.util
 import json
 import math
 import os
@@ -16,6 +17,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from types import MethodType
@@ -30,7 +32,7 @@ import torch.distributed.checkpoint as dcp
 import torch.distributed.checkpoint.state_dict as dsd
 import torch.nn.functional as F
 import transformers
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
@@ -40,7 +42,7 @@ from transformers.masking_utils import sdpa_mask
 
 TOY = Path(__file__).parent / "tests" / "toy"  # the built-in example: a model and pairs like any other
 
-# ------------------------------------------------------------------------------------------------------ arguments
+# ---------------------------------------------------------------------------------------------------- arguments
 
 
 def arg(default, help: str):
@@ -51,62 +53,52 @@ def arg(default, help: str):
 
 @dataclass
 class Arguments:
-    """What all methods take. Names are TRL's where TRL has the flag; all sizes count pairs."""
+    """What all methods take. Names are TRL's where TRL has the flag; batch sizes count pairs."""
 
-    model_name_or_path: str | None = arg(
-        None, "the policy: a Hub name or a directory; none: the built-in example"
-    )
+    model_name_or_path: str | None = arg(None, "the policy: a Hub name or a directory [the built-in example]")
     model_revision: str = arg("main", "branch, tag or commit of the model on the Hub")
-    trust_remote_code: bool = arg(False, "run the Python code that a model's repository brings")
-    dtype: Literal["float32", "bfloat16", "float64"] = arg(
-        "float32", "of the weights that the optimizer updates"
-    )
-    dataset_name: str | None = arg(None, "a Hub name, a directory, or a .json, .jsonl, .csv or .parquet file")
+    trust_remote_code: bool = arg(False, "run Python code that the model's repository brings")
+    dtype: Literal["float32", "bfloat16", "float64"] = arg("float32", "of the weights that AdamW updates")
+    dataset_name: str | None = arg(None, "a Hub name, a directory, or a json, jsonl, csv or parquet file")
     dataset_config: str | None = arg(None, "configuration of the dataset")
     dataset_train_split: str = arg("train", "split to train on")
     dataset_test_split: str = arg("test", "split to evaluate on")
     dataset_num_proc: int | None = arg(None, "processes that tokenize")
-    max_length: int = arg(
-        1024, "tokens of prompt and completion together; longer completions are cut at the end"
-    )
+    max_length: int = arg(1024, "tokens of prompt and completion; a longer completion is cut at the end")
     output_dir: str | None = arg(
-        None, "where everything goes; the same command goes on here [output/<script>]"
+        None, "where all results go; the same command goes on there [output/<script>]"
     )
-    overwrite_output_dir: bool = arg(False, "start anew: delete an earlier run in output_dir")
+    overwrite_output_dir: bool = arg(False, "start anew: delete the earlier run in output_dir")
     learning_rate: float = arg(1e-6, "peak learning rate of AdamW")
-    lr_scheduler_type: Literal["linear", "cosine", "constant"] = arg("linear", "its decay after warm-up")
-    warmup_steps: float = arg(0.1, "steps of linear warm-up; below 1: their share of all steps")
+    lr_scheduler_type: Literal["linear", "cosine", "constant"] = arg("linear", "its decay after the warm-up")
+    warmup_steps: float = arg(0.1, "steps of linear warm-up; below 1: a share of all steps")
     num_train_epochs: float = arg(1.0, "passes over the training pairs")
-    max_steps: int = arg(-1, "if positive, optimizer steps in place of num_train_epochs")
+    max_steps: int = arg(-1, "if positive, optimizer steps, in place of num_train_epochs")
     batch_size: int | None = arg(None, "pairs per optimizer step, over all processes [64]")
-    per_device_train_batch_size: int = arg(8, "at most so many pairs in one forward pass of one process")
-    gradient_accumulation_steps: int | None = arg(
-        None, "forward passes per step; sets batch_size as TRL does"
-    )
-    per_device_eval_batch_size: int = arg(8, "the same in evaluation, and prompts in one call of generate")
+    gradient_accumulation_steps: int | None = arg(None, "sets batch_size to this x per device x processes")
+    per_device_train_batch_size: int = arg(8, "at most so many pairs per forward pass")
+    per_device_eval_batch_size: int = arg(8, "the same in evaluation, and prompts per call of generate")
     weight_decay: float = arg(0.0, "AdamW's, on all parameters")
     adam_beta1: float = arg(0.9, "AdamW's")
     adam_beta2: float = arg(0.999, "AdamW's")
     adam_epsilon: float = arg(1e-8, "AdamW's")
-    max_grad_norm: float = arg(1.0, "the global gradient norm is clipped to this")
-    bf16: bool | None = arg(
-        None, "compute in bfloat16; weights and optimizer keep their dtype [on a GPU: true]"
+    max_grad_norm: float = arg(1.0, "the norm of the whole gradient is clipped to this")
+    bf16: bool | None = arg(None, "compute in bfloat16; weights keep their dtype [true on a GPU]")
+    gradient_checkpointing: bool = arg(False, "recompute activations in the backward pass, to save memory")
+    eval_strategy: Literal["steps", "no"] = arg("steps", "no: never evaluate")
+    eval_steps: int | None = arg(None, "steps between evaluations, besides those before and after training")
+    eval_prompts: int = arg(8, "test prompts that an evaluation completes, greedily and by sampling")
+    max_new_tokens: int = arg(128, "tokens of such a completion, at most")
+    logging_steps: int = arg(10, "steps between reports of metrics; metrics.jsonl has every step")
+    report_to: Literal["none", "tensorboard", "wandb", "trackio"] = arg(
+        "none", "where to, besides the console"
     )
-    gradient_checkpointing: bool = arg(False, "recompute activations in the backward pass to save memory")
-    eval_strategy: Literal["steps", "no"] = arg(
-        "steps", "no: no evaluation, not even before and after training"
-    )
-    eval_steps: int | None = arg(None, "steps between evaluations; they also come before and after training")
-    eval_prompts: int = arg(8, "held-out prompts that each evaluation completes, greedily and by sampling")
-    max_new_tokens: int = arg(128, "tokens of such a completion")
-    logging_steps: int = arg(10, "steps between printed and reported metrics; metrics.jsonl has every step")
-    report_to: Literal["none", "tensorboard", "wandb", "trackio"] = arg("none", "where metrics go besides")
     run_name: str | None = arg(None, "name of the run there")
-    save_steps: int = arg(500, "steps between checkpoints; the last step has one too")
-    save_total_limit: int = arg(2, "newest checkpoints to keep")
+    save_steps: int = arg(500, "steps between checkpoints; the last step has one, too")
+    save_total_limit: int = arg(2, "checkpoints to keep")
     seed: int = arg(42, "of data order and sampling")
     push_to_hub: bool = arg(False, "upload the trained model")
-    hub_model_id: str | None = arg(None, "to this repository [your name and output_dir's]")
+    hub_model_id: str | None = arg(None, "to this repository [the name of output_dir]")
 
 
 def fail(message: str) -> NoReturn:
@@ -115,17 +107,16 @@ def fail(message: str) -> NoReturn:
 
 
 def parse(kind: type[Arguments], toy: dict) -> Arguments:
-    """Arguments of the command line. Without model and dataset the built-in example runs, with `toy` as defaults."""
+    """The command line's arguments. With neither model nor dataset the built-in example runs, on `toy` defaults."""
     parser = transformers.HfArgumentParser(kind, allow_abbrev=False)
-    flags = {word.split("=")[0] for word in sys.argv[1:] if word.startswith("--")}
+    flags = {word.split("=")[0] for word in sys.argv[1:]}
     if not flags & {"--model_name_or_path", "--dataset_name"}:
         parser.set_defaults(model_name_or_path=str(TOY / "sft"), dataset_name=str(TOY / "pairs"), **toy)
     args, unknown = parser.parse_args_into_dataclasses(return_remaining_strings=True)
     if unknown:
         near = difflib.get_close_matches(unknown[0], [f"--{f.name}" for f in fields(kind)], 1)
         fail(
-            f"unknown argument {unknown[0]}"
-            + (f"; did you mean {near[0]}?" if near else "; --help lists all")
+            f"unknown argument {unknown[0]}; " + (f"did you mean {near[0]}?" if near else "--help lists all")
         )
     if not (args.model_name_or_path and args.dataset_name):
         fail("--model_name_or_path and --dataset_name go together (with neither, the built-in example runs)")
@@ -133,34 +124,28 @@ def parse(kind: type[Arguments], toy: dict) -> Arguments:
     return args
 
 
-# ------------------------------------------------------------------------------------------------------ processes
+# ---------------------------------------------------------------------------------------------------- processes
 
 
 def start(args: Arguments) -> tuple[int, int, torch.device]:
-    """Join the other processes; (rank, world size, device). Checks what can be checked before any work.
+    """Check the arguments and join the other processes: (rank, world size, device).
 
     torchrun sets RANK, WORLD_SIZE and so on; plain `python script.py` is a world of one process.
     """
     world = int(os.environ.get("WORLD_SIZE", 1))
     if args.gradient_accumulation_steps and args.batch_size:
-        fail("give batch_size or gradient_accumulation_steps, not both: one follows from the other")
+        fail("batch_size follows from gradient_accumulation_steps: give one of them")
     if args.gradient_accumulation_steps:
         args.batch_size = args.per_device_train_batch_size * args.gradient_accumulation_steps * world
     args.batch_size = args.batch_size or 64
-    for name in ("batch_size", "per_device_train_batch_size", "per_device_eval_batch_size", "max_new_tokens"):
-        if getattr(args, name) < 1:
-            fail(f"{name} must be at least 1, not {getattr(args, name)}")
-    for name in ("save_steps", "save_total_limit", "logging_steps", "num_train_epochs", "max_grad_norm"):
-        if getattr(args, name) <= 0:
+    for name in POSITIVE:
+        if not getattr(args, name) > 0:
             fail(f"{name} must be positive, not {getattr(args, name)}")
     if args.batch_size % world:
         near = max(1, round(args.batch_size / world)) * world
         fail(f"batch_size {args.batch_size} cannot be split over {world} processes; {near} can")
-    if args.report_to != "none":
-        try:
-            __import__(args.report_to)
-        except ImportError:
-            fail(f"--report_to {args.report_to} needs a package: pip install {args.report_to}")
+    if args.report_to != "none" and importlib.util.find_spec(args.report_to) is None:
+        fail(f"--report_to {args.report_to} needs a package: pip install {args.report_to}")
 
     device = torch.device("cpu")
     if torch.cuda.is_available():
@@ -169,12 +154,23 @@ def start(args: Arguments) -> tuple[int, int, torch.device]:
     args.bf16 = device.type == "cuda" if args.bf16 is None else args.bf16
     check_output_dir(args)
     alone = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
-    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", **alone)
+    # Others wait while the first process tokenizes: for longer than the default of some minutes.
+    timeout = timedelta(hours=2)
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=timeout, **alone
+    )
+    transformers.utils.logging.disable_progress_bar()
+    if dist.get_rank() > 0:
+        datasets.disable_progress_bars()
     return dist.get_rank(), dist.get_world_size(), device
 
 
+POSITIVE = """batch_size per_device_train_batch_size per_device_eval_batch_size num_train_epochs learning_rate
+    max_grad_norm max_length max_new_tokens logging_steps save_steps save_total_limit""".split()
+
+
 def seed(*numbers: int) -> None:
-    """Random numbers from here on are a function of these numbers, such as (seed, step, rank)."""
+    """Random numbers from here on are a function of these numbers, such as seed, step and rank."""
     torch.manual_seed(hash(numbers))
 
 
@@ -186,66 +182,67 @@ def learning_rate(step: int, steps: int, args: Arguments) -> float:
     return args.learning_rate * min(1.0, (step + 1) / max(1.0, warmup)) * decay[args.lr_scheduler_type]
 
 
-# --------------------------------------------------------------------------------------------------------- models
+# ------------------------------------------------------------------------------------------------------- models
 
 
-def load_tokenizer(args: Arguments):
-    """The policy's tokenizer. It needs an EOS token: completions end in it."""
-    options = {"revision": args.model_revision, "trust_remote_code": args.trust_remote_code}
+def from_pretrained(kind, path: str, args: Arguments, **options):
+    """kind.from_pretrained, which fails in one line."""
+    options |= {"revision": args.model_revision, "trust_remote_code": args.trust_remote_code}
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(args.model_name_or_path, **options)
+        return kind.from_pretrained(path, **options)
     except (OSError, ValueError) as error:
-        fail(f"no tokenizer at {args.model_name_or_path}: {first_line(error)}")
-    if tokenizer.eos_token_id is None:
-        fail(f"the tokenizer of {args.model_name_or_path} has no EOS token, which must end a completion")
-    return tokenizer
-
-
-def load_model(path: str, args: Arguments, device: torch.device, *, trainable: bool, compact: bool = False):
-    """A causal language model, sharded over all processes, with the method `score`, which is explained below.
-
-    Dropout is off: policy and reference must agree exactly before the first step. `compact` keeps the weights in the
-    dtype of the computation, which loses nothing as long as they do not change.
-    """
-    options = {"revision": args.model_revision, "trust_remote_code": args.trust_remote_code}
-    try:
-        config = AutoConfig.from_pretrained(path, **options).to_dict()
-        no_dropout = {key: 0.0 for key, value in config.items() if "drop" in key and isinstance(value, float)}
-        dtype = getattr(torch, args.dtype)
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **no_dropout, **options)
-    except (OSError, ValueError) as error:
-        fail(f"no causal language model at {path}: {first_line(error)}")
-    model.train(trainable).requires_grad_(trainable)
-    # The load-balancing loss of a mixture of experts lives in the module of its architecture.
-    balancing_loss = getattr(sys.modules[type(model).__module__], "load_balancing_loss_func", None)
-    model.balancing_loss = None
-    if getattr(model.config, "output_router_logits", False) and balancing_loss:
-        options = {"num_experts": model.num_experts, "top_k": model.num_experts_per_tok}
-        model.balancing_loss = partial(balancing_loss, **options)
-    model.packed = enable_packing(model)
-    if trainable and args.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    if compact and args.bf16:
-        for parameter in model.parameters():
-            parameter.data = parameter.data.to(torch.bfloat16)
-
-    # Each decoder layer is gathered when it computes and freed after; the root has embedding, last norm and head.
-    mesh = dist.init_device_mesh(device.type, (dist.get_world_size(),))
-    precision = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if args.bf16 else MixedPrecisionPolicy()
-    for layer in [m for m in model.modules() if type(m).__name__ in (model._no_split_modules or ())]:
-        fully_shard(layer, mesh=mesh, mp_policy=precision)
-    # The policy's root stays gathered for the backward pass, which frees it; the reference has none.
-    fully_shard(model, mesh=mesh, mp_policy=precision, reshard_after_forward=not trainable)
-    model.score = MethodType(score, model)
-    register_fsdp_forward_method(model, "score")
-    return model
+        fail(f"cannot load {path}: {first_line(error)}")
 
 
 def first_line(error: Exception) -> str:
     return str(error).strip().split("\n")[0]
 
 
-# ----------------------------------------------------------------------------------------------------------- data
+def load_tokenizer(args: Arguments):
+    tokenizer = from_pretrained(transformers.AutoTokenizer, args.model_name_or_path, args)
+    if tokenizer.eos_token_id is None:
+        fail(f"the tokenizer of {args.model_name_or_path} has no EOS token to end completions with")
+    return tokenizer
+
+
+def load_model(path: str, args: Arguments, device: torch.device, *, trainable: bool, compact: bool = False):
+    """A causal language model, sharded over all processes, with the method `score` of this file.
+
+    Dropout is off: policy and reference agree exactly before the first step. `compact` keeps the weights in the
+    dtype of the computation, which loses nothing while they do not change.
+    """
+    config = from_pretrained(AutoConfig, path, args).to_dict()
+    no_dropout = {name: 0.0 for name, value in config.items() if "drop" in name and isinstance(value, float)}
+    model = from_pretrained(AutoModelForCausalLM, path, args, dtype=getattr(torch, args.dtype), **no_dropout)
+    model.train(trainable).requires_grad_(trainable)
+    enable_packing(model)
+    if trainable and args.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    if compact and args.bf16:
+        for parameter in model.parameters():
+            parameter.data = parameter.data.to(torch.bfloat16)
+
+    # Every decoder layer is gathered when it computes and freed after. Embedding, last norm and head are the root's:
+    # the policy's stays gathered for the backward pass, which frees it; the reference has none.
+    mesh = dist.init_device_mesh(device.type, (dist.get_world_size(),))
+    precision = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if args.bf16 else MixedPrecisionPolicy()
+    for layer in [m for m in model.modules() if type(m).__name__ in (model._no_split_modules or ())]:
+        fully_shard(layer, mesh=mesh, mp_policy=precision)
+    fully_shard(model, mesh=mesh, mp_policy=precision, reshard_after_forward=not trainable)
+    model.score = MethodType(score, model)
+    register_fsdp_forward_method(model, "score")
+    return model
+
+
+def balancing_loss(model):
+    """A mixture of experts' load-balancing loss as a function of router logits, if its config asks for it, else None."""
+    if not getattr(model.config, "output_router_logits", False):
+        return None
+    loss = sys.modules[type(model).__module__].load_balancing_loss_func
+    return partial(loss, num_experts=model.num_experts, top_k=model.num_experts_per_tok)
+
+
+# --------------------------------------------------------------------------------------------------------- data
 
 
 class Pairs(NamedTuple):
@@ -526,6 +523,10 @@ def pack(pairs: list[tuple[list[int], ...]]) -> dict[str, np.ndarray]:
     }
 
 
+def CHUNK(vocabulary: int) -> int:
+    return max(64, 2**26 // vocabulary)  # 2^26 logits are 256 MiB in float32
+
+
 class Scores(NamedTuple):
     """What a model says about a Batch."""
 
@@ -559,7 +560,7 @@ def score(model, batch: Batch, *, collisions: bool = False) -> Scores:
     def chunk_logps(hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor | None]:
         return label_logps(model.get_output_embeddings()(hidden), labels, collisions)
 
-    size = max(64, 2**26 // model.config.get_text_config().vocab_size)  # 2^26 logits are 256 MiB in float32
+    size = CHUNK(model.config.get_text_config().vocab_size)
     chunks = zip(hidden.split(size), batch.labels.split(size), strict=True)
     token_logps, log_collisions = zip(
         *(checkpoint(chunk_logps, *chunk, use_reentrant=False, preserve_rng_state=False) for chunk in chunks),
@@ -582,7 +583,9 @@ def plain_score(model, batch: Batch, *, collisions: bool = False) -> Scores:
         logits_to_keep=needed.nonzero()[:, 0],
     )
     logits = outputs.logits[row, needed.cumsum(0)[column] - 1]  # (N, V)
-    return Scores(*label_logps(logits, batch.labels, collisions), getattr(outputs, "aux_loss", None) or 0.0)
+    token_logps, log_collisions = label_logps(logits, batch.labels, collisions)
+    aux_loss = outputs.aux_loss if model.balancing_loss else 0.0
+    return Scores(token_logps, aux_loss, log_collisions)
 
 
 def label_logps(logits: Tensor, labels: Tensor, collisions: bool) -> tuple[Tensor, Tensor | None]:
@@ -620,37 +623,29 @@ AttentionMaskInterface.register("packed", sdpa_mask)  # ordinary calls get their
 
 
 @torch.no_grad()
-def enable_packing(model) -> bool:
+def enable_packing(model) -> None:
     """Switch a model, not yet sharded, to packed attention if that gives the same log-probabilities as plain_score.
 
     Not every architecture honours the attention interface, and some do more to a hidden state than apply the head.
     """
-    draw = np.random.default_rng(0).integers
-    tokens = min(100, model.config.get_text_config().vocab_size)
-    pairs = [[draw(1, tokens, n).tolist() for n in lengths] for lengths in ((9, 7, 5), (2, 1, 12))]
+    draw, vocabulary = np.random.default_rng(0).integers, model.config.get_text_config().vocab_size
+    pairs = [[draw(1, min(100, vocabulary), n).tolist() for n in lengths] for lengths in ((9, 7, 5), (2, 1, 12))]
     arrays = {name: torch.from_numpy(array) for name, array in pack(pairs).items()}
     batch = Batch(**arrays, rows=np.arange(2), step_pairs=2, step_tokens=(11, 8, 17), reference_logps=None)
-    want = plain_score(model, batch).token_logps
-    before = model.config._attn_implementation
-    tolerance = 0.1 if model.dtype == torch.bfloat16 else 1e-4
+    model.balancing_loss = balancing_loss(model)
+    want, before = plain_score(model, batch).token_logps, model.config._attn_implementation
     try:
         model.packed = True
         model.set_attn_implementation("packed")
         difference = (score(model, batch).token_logps - want).abs().max().item()
-    except Exception as error:  # whatever a model does that was not foreseen
-        reason = f"{type(error).__name__}: {first_line(error)}"
-    else:
-        if difference < tolerance:
-            say(
-                f"{type(model).__name__}: packed log-probabilities (within {difference:.0e} of the plain ones)"
-            )
-            return True
-        reason = f"packed log-probabilities would be off by {difference:.0e}"
-    model.set_attn_implementation(before)
-    say(
-        f"{type(model).__name__}: plain, padded log-probabilities, which take more time and memory ({reason})"
-    )
-    return False
+        model.packed = difference < (0.1 if model.dtype == torch.bfloat16 else 1e-4)
+        reason = f"{difference:.0e} from plain ones"
+    except Exception as error:  # whatever a model does that nobody foresaw
+        model.packed, reason = False, f"{type(error).__name__}: {first_line(error)}"
+    if not model.packed:
+        model.set_attn_implementation(before)
+    way = "packed" if model.packed else "padded, which takes more time and memory: packed they would be"
+    say(f"{type(model).__name__}: log-probabilities are {way} ({reason})")
 
 
 # ------------------------------------------------------------------------------------------------------- sampling
