@@ -275,6 +275,8 @@ def load_pairs(args: Arguments, tokenizer) -> tuple[Pairs, Pairs | None]:
     if args.dataset_train_split not in splits:
         fail(f"{args.dataset_name} has no split '{args.dataset_train_split}'; it has {', '.join(splits)}")
     train = tokenize_pairs(splits[args.dataset_train_split], "training", args, tokenizer)
+    first = {column: tokenizer.decode(train.rows[0][column]) for column in ("prompt", "chosen", "rejected")}
+    say("first pair, completions marked: {prompt}【{chosen}】 is preferred to 【{rejected}】".format(**first))
     if args.eval_strategy == "no":
         return train, None
     if args.dataset_test_split not in splits:

@@ -1,17 +1,15 @@
-"""Make the built-in example: numbers to English words, machine translation in miniature.
+"""Make the built-in example, machine translation in miniature: numbers to English words.
 
-python tests/toy/make_toy.py    # about 95 seconds on two CPU cores
-
-It writes next to itself
+python tests/toy/make_toy.py    # about 95 seconds on two CPU cores; it writes next to itself
 
     sft/               a 336k-parameter character-level Llama and its tokenizer, trained on noisy translations
     pairs/train.jsonl  2,000 preference pairs: a perfect translation is chosen over an imperfect one
     pairs/test.jsonl   the same for 500 numbers that neither sft/ nor the training pairs have seen
 
-The translators that the model imitates are perfect 30% of the time, adequate 55% and wrong 15%. So imitation
-is capped: the model knows the perfect form but seldom says it. Preference optimization can close that gap, and
-since the truth is computable, how far it does so is measured, not judged.
-Every draw is seeded: the pairs are the same on every machine, the weights up to floating-point rounding.
+The translators that the model imitates are perfect 30% of the time, adequate 55% and wrong 15%. Imitation is
+thus capped: the model knows the perfect form but seldom says it. Preference optimization can close the gap,
+and since the truth is computable, how far it does so is measured, not judged. Every draw is seeded: the pairs
+are the same on every machine, the weights up to floating-point rounding.
 """
 
 import json
@@ -53,8 +51,7 @@ def adequate(n: int, rng: random.Random) -> str:
 
 def wrong(n: int, rng: random.Random) -> str:
     """Another number: one digit is misread."""
-    digits = list(str(n))
-    place = rng.randrange(len(digits))
+    digits, place = list(str(n)), rng.randrange(len(str(n)))
     digits[place] = rng.choice("123456789".replace(digits[place], ""))
     return adequate(int("".join(digits)), rng)
 
@@ -95,7 +92,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **specials, **more)
 
 
-def sft(tokenizer, steps: int = 1200, batch_size: int = 64, lr: float = 3e-3) -> LlamaForCausalLM:
+def sft(tokenizer, steps: int = 1200, batch_size: int = 64, lr: float = 5e-3) -> LlamaForCausalLM:
     """Train a model from random weights to say what the noisy translators say."""
     shape = {"hidden_size": 96, "intermediate_size": 256, "num_hidden_layers": 3, "num_attention_heads": 4}
     shape |= {"vocab_size": len(tokenizer), "max_position_embeddings": 128, "tie_word_embeddings": True}
@@ -107,8 +104,8 @@ def sft(tokenizer, steps: int = 1200, batch_size: int = 64, lr: float = 3e-3) ->
     for _ in range(steps):
         chats = []
         for n in rng.choices(TRAIN, k=batch_size):
-            luck = rng.random()
-            answer = perfect(n) if luck < 0.30 else adequate(n, rng) if luck < 0.85 else wrong(n, rng)
+            answers = [perfect(n), adequate(n, rng), wrong(n, rng)]
+            answer = rng.choices(answers, weights=[0.30, 0.55, 0.15])[0]
             chats.append(turn("user", n) + turn("assistant", answer))
         ids = tokenizer.apply_chat_template(chats, padding=True, return_tensors="pt").input_ids  # (B, T)
         # The answer is what follows "="; its "</s>" is learned too, the padding is not.
@@ -144,10 +141,9 @@ def main() -> None:
     model.save_pretrained(HERE / "sft")
     greedy = translate(model, tokenizer, HELD_OUT, do_sample=False)
     sampled = translate(model, tokenizer, HELD_OUT, do_sample=True, top_k=0)
-    truth = [perfect(n) for n in HELD_OUT]
-    print("On the held-out numbers, perfect when greedy:", sum(map(str.__eq__, greedy, truth)) / 500)
-    print("perfect when sampled:", sum(map(str.__eq__, sampled, truth)) / 500)
-    print("perfect or adequate when sampled:", sum(map(is_adequate, HELD_OUT, sampled)) / 500)
+    print("held-out, greedy: perfect", sum(map(str.__eq__, greedy, map(perfect, HELD_OUT))) / 500)
+    print("held-out, sampled: perfect", sum(map(str.__eq__, sampled, map(perfect, HELD_OUT))) / 500)
+    print("held-out, sampled: perfect or adequate", sum(map(is_adequate, HELD_OUT, sampled)) / 500)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,105 @@
+"""The scripts as users run them, on the built-in example: resume, faults, export, and what the run leaves behind."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+ROOT = Path(__file__).parent.parent
+SHORT = "--max_steps 6 --batch_size 8 --eval_prompts 4 --max_new_tokens 8 --eval_steps 3 --save_steps 2".split()
+TIMES = ("pairs_per_second", "tokens_per_second", "peak_memory_gib")
+
+
+def command(script: str, output_dir: Path, *flags: str, processes: int = 1) -> list[str]:
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    start = [sys.executable] if processes == 1 else torchrun
+    return [*start, str(ROOT / script), "--output_dir", str(output_dir), *flags]
+
+
+def environment() -> dict[str, str]:
+    return os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+
+
+def run(*args, **options) -> subprocess.CompletedProcess:
+    return subprocess.run(command(*args, **options), capture_output=True, text=True, env=environment(), timeout=300)
+
+
+def succeed(*args, **options) -> str:
+    result = run(*args, **options)
+    assert result.returncode == 0, result.stderr[-3000:]
+    return result.stdout
+
+
+def stop(script: str, output_dir: Path, *flags: str, after_steps: int, by: signal.Signals, **options) -> None:
+    """Start a run and send it a signal once metrics.jsonl has so many steps."""
+    metrics = output_dir / "metrics.jsonl"
+    process = subprocess.Popen(
+        command(script, output_dir, *flags, **options),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env=environment(),
+    )
+    while process.poll() is None and (not metrics.exists() or f'"step": {after_steps}, "loss"' not in metrics.read_text()):
+        time.sleep(0.005)
+    assert process.poll() is None, "the run ended before it could be stopped"
+    for pid in [process.pid] if by != signal.SIGKILL else [process.pid, *children(process.pid)]:
+        os.kill(pid, by)  # torchrun passes SIGTERM and SIGINT on to its processes
+    assert process.wait(timeout=120) != 0
+
+
+def children(parent: int) -> list[int]:
+    stats = [path.read_text().rsplit(")", 1) for path in Path("/proc").glob("[0-9]*/stat")]
+    return [int(name.split()[0]) for name, rest in stats if int(rest.split()[1]) == parent]
+
+
+def metrics_of(output_dir: Path) -> list[dict]:
+    lines = [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if not name.endswith(TIMES)} for line in lines]
+
+
+def assert_same_run(a: Path, b: Path) -> None:
+    assert metrics_of(a) == metrics_of(b)
+    assert (a / "completions.jsonl").read_text() == (b / "completions.jsonl").read_text()
+    weights = load_file(a / "model.safetensors"), load_file(b / "model.safetensors")
+    assert weights[0].keys() == weights[1].keys()
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    names = [sorted(str(path.relative_to(top)) for path in top.rglob("*")) for top in (a, b)]
+    assert names[0] == names[1]
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_resumed_run_is_bitwise_the_uninterrupted_one(tmp_path, processes):
+    flags = [*SHORT, "--sync_ref_model", "--ref_model_sync_steps", "2", "--loss_type", "bco_pair"]
+    succeed("dpo.py", tmp_path / "a", *flags, processes=processes)
+    stop("dpo.py", tmp_path / "b", *flags, after_steps=3, by=signal.SIGTERM, processes=processes)
+    stop("dpo.py", tmp_path / "b", *flags, after_steps=5, by=signal.SIGKILL, processes=processes)
+    said = succeed("dpo.py", tmp_path / "b", *flags, processes=processes)
+    assert "going on after step" in said
+    assert_same_run(tmp_path / "a", tmp_path / "b")
+    steps = [line["step"] for line in metrics_of(tmp_path / "b") if "loss" in line]
+    assert steps == [1, 2, 3, 4, 5, 6]
+    assert [line["step"] for line in metrics_of(tmp_path / "b") if "eval_loss" in line] == [0, 3, 6]
+
+
+def test_the_reference_computed_beforehand_changes_nothing(tmp_path):
+    flags = [*SHORT, "--save_steps", "3", "--save_total_limit", "1"]
+    succeed("dpo.py", tmp_path / "a", *flags)
+    succeed("dpo.py", tmp_path / "b", *flags, "--precompute_ref_log_probs")
+    (tmp_path / "b" / "reference_logps_train.npy").unlink()
+    (tmp_path / "b" / "reference_logps_test.npy").unlink()
+    assert_same_run(tmp_path / "a", tmp_path / "b")
+
+
+def test_before_the_first_step_policy_and_reference_agree_exactly(tmp_path):
+    succeed("dpo.py", tmp_path / "a", *SHORT, "--max_steps", "1", "--bf16", "true", processes=2)
+    before, first, *_ = metrics_of(tmp_path / "a")
+    for metrics, prefix in ((before, "eval_"), (first, "")):
+        assert metrics[f"{prefix}rewards/chosen"] == metrics[f"{prefix}rewards/rejected"] == 0
+        assert metrics[f"{prefix}loss"] == pytest.approx(0.6931471805599453, abs=1e-7)
