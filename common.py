@@ -42,7 +42,7 @@ from transformers.masking_utils import sdpa_mask
 
 TOY = Path(__file__).parent / "tests" / "toy"  # the built-in example: a model and pairs like any other
 
-# ---------------------------------------------------------------------------------------------------- arguments
+# -------------------------------------------------------------------------------------------------- arguments
 
 
 def arg(default, help: str):
@@ -124,7 +124,7 @@ def parse(kind: type[Arguments], toy: dict) -> Arguments:
     return args
 
 
-# ---------------------------------------------------------------------------------------------------- processes
+# -------------------------------------------------------------------------------------------------- processes
 
 
 def start(args: Arguments) -> tuple[int, int, torch.device]:
@@ -169,6 +169,13 @@ POSITIVE = """batch_size per_device_train_batch_size per_device_eval_batch_size 
     max_grad_norm max_length max_new_tokens logging_steps save_steps save_total_limit""".split()
 
 
+def leave(message: str) -> NoReturn:
+    """End the program, all processes at the same point, with the exit code of one that was told to terminate."""
+    say(message)
+    dist.destroy_process_group()
+    raise SystemExit(128 + signal.SIGTERM)
+
+
 def seed(*numbers: int) -> None:
     """Random numbers from here on are a function of these numbers, such as seed, step and rank."""
     torch.manual_seed(hash(numbers))
@@ -182,7 +189,7 @@ def learning_rate(step: int, steps: int, args: Arguments) -> float:
     return args.learning_rate * min(1.0, (step + 1) / max(1.0, warmup)) * decay[args.lr_scheduler_type]
 
 
-# ------------------------------------------------------------------------------------------------------- models
+# ----------------------------------------------------------------------------------------------------- models
 
 
 def from_pretrained(kind, path: str, args: Arguments, **options):
@@ -234,6 +241,12 @@ def load_model(path: str, args: Arguments, device: torch.device, *, trainable: b
     return model
 
 
+def adamw(model, args: Arguments) -> torch.optim.AdamW:
+    betas = (args.adam_beta1, args.adam_beta2)
+    options = {"betas": betas, "eps": args.adam_epsilon, "weight_decay": args.weight_decay}
+    return torch.optim.AdamW(model.parameters(), lr=args.learning_rate, fused=True, **options)
+
+
 def balancing_loss(model):
     """A mixture of experts' load-balancing loss as a function of router logits, if its config asks for it, else None."""
     if not getattr(model.config, "output_router_logits", False):
@@ -242,26 +255,22 @@ def balancing_loss(model):
     return partial(loss, num_experts=model.num_experts, top_k=model.num_experts_per_tok)
 
 
-# --------------------------------------------------------------------------------------------------------- data
+# ------------------------------------------------------------------------------------------------------- data
 
 
 class Pairs(NamedTuple):
-    """Tokenized preference pairs."""
+    """Tokenized preference pairs. `rows` has token ids `prompt`, `chosen`, `rejected`, and the dataset's `answer`."""
 
-    rows: (
-        datasets.Dataset
-    )  # token ids `prompt`, `chosen`, `rejected`; and `answer`, a text, where the dataset has it
+    rows: datasets.Dataset
     lengths: np.ndarray  # (n, 3) tokens of prompt, chosen, rejected
-    reference_logps: np.ndarray | None = (
-        None  # (n, 2) of chosen, rejected, where they were computed beforehand
-    )
+    reference_logps: np.ndarray | None = None  # (n, 2) of chosen and rejected, if computed before training
 
 
 def load_pairs(args: Arguments, tokenizer) -> tuple[Pairs, Pairs | None]:
     """Training and test pairs; None for the latter if there is no such split or eval_strategy is "no".
 
-    Columns are `prompt` (or none: it is what the completions share), `chosen`, `rejected`, and optionally `answer`:
-    each a text, or a list of messages for the tokenizer's chat template.
+    Columns are `prompt` (or none: then it is what the completions share), `chosen`, `rejected`, and maybe `answer`,
+    each a text or a list of messages for the chat template.
     """
     path = Path(args.dataset_name)
     kind = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}.get(path.suffix)
@@ -275,37 +284,33 @@ def load_pairs(args: Arguments, tokenizer) -> tuple[Pairs, Pairs | None]:
     if args.dataset_train_split not in splits:
         fail(f"{args.dataset_name} has no split '{args.dataset_train_split}'; it has {', '.join(splits)}")
     train = tokenize_pairs(splits[args.dataset_train_split], "training", args, tokenizer)
-    first = {column: tokenizer.decode(train.rows[0][column]) for column in ("prompt", "chosen", "rejected")}
-    say("first pair, completions marked: {prompt}【{chosen}】 is preferred to 【{rejected}】".format(**first))
+    prompt, chosen, rejected = (
+        tokenizer.decode(train.rows[0][name]) for name in ("prompt", "chosen", "rejected")
+    )
+    say(f"first pair, completions marked: {prompt}【{chosen}】 is preferred to 【{rejected}】")
     if args.eval_strategy == "no":
         return train, None
     if args.dataset_test_split not in splits:
-        say(
-            f"no evaluation: {args.dataset_name} has no split '{args.dataset_test_split}', only {', '.join(splits)}"
-        )
+        say(f"no evaluation: there is no split '{args.dataset_test_split}', only {', '.join(splits)}")
         return train, None
     return train, tokenize_pairs(splits[args.dataset_test_split], "test", args, tokenizer)
 
 
 def tokenize_pairs(raw: datasets.Dataset, name: str, args: Arguments, tokenizer) -> Pairs:
-    """Pairs as token ids, without those that cannot be trained on; says how many there are and why some are not."""
+    """Pairs as token ids, less those that cannot be trained on; says how many, and why."""
     if missing := {"chosen", "rejected"} - {*raw.column_names}:
         fail(
-            f"the {name} pairs need the column {' and '.join(sorted(missing))}; found {', '.join(raw.column_names)}"
+            f"the {name} pairs have no {' and no '.join(sorted(missing))}, only {', '.join(raw.column_names)}"
         )
     if len(raw) and isinstance(raw[0]["chosen"], list) and not tokenizer.chat_template:
         fail("the pairs are conversations, but the tokenizer has no chat template")
-    columns = [column for column in raw.column_names if column != "answer"]
-    options = {"tokenizer": tokenizer, "max_length": args.max_length}
     first_here = int(os.environ.get("LOCAL_RANK", 0)) == 0
-    if not first_here:  # wait for what the first process of this machine tokenizes, then find it in the cache
+    if not first_here:  # wait for the first process of this machine, then find its work in the cache
         dist.barrier()
+    options = {"tokenizer": tokenizer, "max_length": args.max_length}
+    columns = [column for column in raw.column_names if column != "answer"]
     rows = raw.map(
-        tokenize_pair,
-        fn_kwargs=options,
-        num_proc=args.dataset_num_proc,
-        remove_columns=columns,
-        desc=f"{name} pairs",
+        tokenize_pair, False, fn_kwargs=options, remove_columns=columns, num_proc=args.dataset_num_proc
     )
     if first_here:
         dist.barrier()
@@ -314,20 +319,16 @@ def tokenize_pairs(raw: datasets.Dataset, name: str, args: Arguments, tokenizer)
     for problem, count in zip(*np.unique(problems[problems != ""], return_counts=True), strict=True):
         say(f"{count} of {len(raw)} {name} pairs dropped: {problem}")
     if moved := sum(rows["moved"]):
-        say(
-            f"in {moved} of {len(raw)} {name} pairs a token spans prompt and completion; it counts as completion"
-        )
+        say(f"in {moved} {name} pairs a token spans prompt and completion: it counts as completion")
     kept = np.flatnonzero(problems == "")
     if not len(kept):
         fail(f"no {name} pairs are left")
-    lengths = [
-        pc.list_value_length(rows.data[column]).to_numpy() for column in ("prompt", "chosen", "rejected")
-    ]
-    lengths, rows = np.stack(lengths, axis=1)[kept], rows.select(kept).remove_columns(["problem", "moved"])
+    lengths = [pc.list_value_length(rows.data[c]).to_numpy() for c in ("prompt", "chosen", "rejected")]
+    lengths = np.stack(lengths, axis=1)[kept]
     say(
-        f"{len(rows)} {name} pairs: prompt, chosen, rejected have {lengths.mean(0).round()} tokens on average"
+        f"{len(kept)} {name} pairs, of {lengths.mean(0).round()} tokens in prompt, chosen, rejected on average"
     )
-    return Pairs(rows, lengths)
+    return Pairs(rows.select(kept).remove_columns(["problem", "moved"]), lengths)
 
 
 def tokenize_pair(row: dict, tokenizer, max_length: int) -> dict:
@@ -340,26 +341,24 @@ def tokenize_pair(row: dict, tokenizer, max_length: int) -> dict:
         chosen, rejected = ([{"role": "assistant", "content": y}] for y in (chosen, rejected))
     if prompt is None or isinstance(prompt, str) != isinstance(chosen, str):
         prompt, chosen, rejected = extract_prompt(chosen, rejected)
-    if not isinstance(prompt, str) and not prompt:
+    if prompt == []:
         return result | {"problem": "the conversations share no message"}
 
-    # Tokens may span the boundary, or depend on what follows: the prompt is what all three have in common.
+    # Tokens may span the boundary or depend on what follows: the prompt is what all three have in common.
     alone = encode(tokenizer, prompt)
     chosen, rejected = encode(tokenizer, prompt, chosen), encode(tokenizer, prompt, rejected)
     shared = min(shared_length(alone, chosen), shared_length(alone, rejected))
     prompt, chosen, rejected = alone[:shared], chosen[shared:], rejected[shared:]
-    if not prompt and tokenizer.bos_token_id is not None:
-        prompt = [
-            tokenizer.bos_token_id
-        ]  # the first token of a completion needs something to be predicted from
-    room = max_length - len(prompt)
-    chosen, rejected = chosen[: max(0, room)], rejected[: max(0, room)]
-    if not prompt:
-        return result | {"problem": "the prompt is empty, and the tokenizer has no BOS token to stand for it"}
-    if room < 1:
+    if not prompt:  # the first token of a completion has to be predicted from something
+        if tokenizer.bos_token_id is None:
+            return result | {"problem": "the prompt is empty, and there is no BOS token to stand for it"}
+        prompt = [tokenizer.bos_token_id]
+    room = max(0, max_length - len(prompt))
+    chosen, rejected = chosen[:room], rejected[:room]
+    if not room:
         return result | {"problem": f"the prompt leaves no room within max_length {max_length}"}
     if chosen == rejected:
-        return result | {"problem": "the completions are identical (within max_length)"}
+        return result | {"problem": "the completions are identical"}
     return result | {"prompt": prompt, "chosen": chosen, "rejected": rejected, "moved": shared < len(alone)}
 
 
@@ -370,13 +369,13 @@ def is_empty(completion: str | list[dict] | None) -> bool:
 
 
 def extract_prompt(chosen, rejected) -> tuple:
-    """(prompt, chosen, rejected) from completions that contain the prompt: the words or messages that they share."""
-    texts = isinstance(chosen, str)
-    if texts:
+    """(prompt, chosen, rejected) of completions that contain the prompt: the words or messages that they share."""
+    is_text = isinstance(chosen, str)
+    if is_text:
         chosen, rejected = (re.findall(r"\s*\S+|\s+", text) for text in (chosen, rejected))
-    n = min(shared_length(chosen, rejected), len(chosen) - 1, len(rejected) - 1)  # leave something to both
+    n = min(shared_length(chosen, rejected), len(chosen) - 1, len(rejected) - 1)  # leave something of both
     parts = chosen[:n], chosen[n:], rejected[n:]
-    return tuple("".join(part) for part in parts) if texts else parts
+    return tuple("".join(part) for part in parts) if is_text else parts
 
 
 def shared_length(a: list, b: list) -> int:
@@ -387,75 +386,68 @@ def shared_length(a: list, b: list) -> int:
 def encode(tokenizer, prompt: str | list[dict], completion: str | list[dict] | None = None) -> list[int]:
     """Token ids of a prompt that waits for its completion, or of prompt, completion and end.
 
-    Conversations: what the chat template makes of them. Texts: BOS once if the tokenizer adds one; EOS once.
+    Conversations: what the chat template makes of them. Texts: EOS once, and BOS once if the tokenizer adds one.
     """
     if isinstance(prompt, list):
         messages = [{k: v for k, v in m.items() if v is not None} for m in prompt + (completion or [])]
-        unfinished = completion is None and messages[-1]["role"] == "assistant"
-        return tokenizer.apply_chat_template(
-            messages,
-            add_generation_prompt=completion is None and not unfinished,
-            continue_final_message=unfinished,
-            return_dict=False,
-        )
-    ids = tokenizer(prompt + (completion or ""))["input_ids"]
-    if len(ids) > 1 and ids[0] == ids[1] == tokenizer.bos_token_id:  # the text has its own
+        goes_on = completion is None and messages[-1]["role"] == "assistant"
+        asks = {
+            "add_generation_prompt": completion is None and not goes_on,
+            "continue_final_message": goes_on,
+        }
+        return tokenizer.apply_chat_template(messages, return_dict=False, **asks)
+    text, bos, eos = prompt + (completion or ""), tokenizer.bos_token_id, tokenizer.eos_token_id
+    ids = tokenizer(text)["input_ids"]
+    if ids[:2] == [bos, bos]:  # the tokenizer's and the text's own
         ids = ids[1:]
-    ended = ids[-1:] == [tokenizer.eos_token_id] and not (
-        completion is None and prompt.endswith(tokenizer.eos_token)
-    )
-    if completion is None:
-        return ids[:-1] if ended else ids
-    return ids if ended else [*ids, tokenizer.eos_token_id]
+    if completion is not None:
+        return ids if ids[-1] == eos else [*ids, eos]
+    return ids[:-1] if ids[-1:] == [eos] and not text.endswith(tokenizer.eos_token) else ids
 
 
 def global_batches(lengths: np.ndarray, args: Arguments) -> np.ndarray:
-    """The row numbers of every batch of the run, (steps, batch_size): a function of seed and epoch alone.
+    """The row numbers of every batch of the run, (steps, batch_size): a function of seed and epoch.
 
-    Each epoch is shuffled; batches are of pairs of similar length, which balances processes and saves padding. The
-    pairs of an epoch that do not fill a batch wait for another epoch.
+    A batch is a random sample, sorted by length: processes and micro-batches then get pairs that are alike. The pairs
+    of an epoch that do not fill a batch wait for another epoch.
     """
-    n, size = len(lengths), args.batch_size
-    if n < size:
-        fail(f"{n} pairs do not fill a batch of {size}; give a --batch_size of at most {n}")
-    steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * (n // size))
+    size, per_epoch = args.batch_size, len(lengths) // args.batch_size
+    if not per_epoch:
+        fail(f"{len(lengths)} pairs do not fill a batch: --batch_size can be {len(lengths)} at most")
+    steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * per_epoch)
     epochs = []
-    for epoch in range(math.ceil(steps / (n // size))):
-        generator = np.random.default_rng((args.seed, epoch))
-        order = generator.permutation(n)[: n // size * size]
-        for window in range(
-            0, len(order), 32 * size
-        ):  # sorting all would make the epoch's batches ever the same
-            part = order[window : window + 32 * size]
-            order[window : window + 32 * size] = part[np.argsort(lengths[part].sum(1), kind="stable")]
-        epochs.append(generator.permutation(order.reshape(-1, size)))
+    for epoch in range(math.ceil(steps / per_epoch)):
+        order = np.random.default_rng((args.seed, epoch)).permutation(len(lengths))[: per_epoch * size]
+        order = order.reshape(per_epoch, size)
+        by_length = lengths.sum(1)[order].argsort(axis=1, kind="stable")
+        epochs.append(np.take_along_axis(order, by_length, axis=1))
     return np.concatenate(epochs)[:steps]
 
 
-# ---------------------------------------------------------------------------------------------- packed log-probs
+# ----------------------------------------------------------------------------------- packed log-probabilities
 
 
 @dataclass
 class Batch:
     """B pairs in one row without padding: prompt, chosen, rejected, next prompt, ...
 
-    A prompt's tokens are there once: both completions attend to them. The last token of a completion is only ever a
-    label, so it is not in the row. T tokens in the row, N completion tokens, sequences of at most L tokens.
+    A prompt's tokens are there once: both completions attend to them. The last token of a completion is only ever
+    a label, so it is not in the row. T tokens in the row, N completion tokens, sequences of at most L tokens.
     """
 
     input_ids: Tensor  # (1, T)
     position_ids: Tensor  # (1, T); each completion goes on where its prompt ends
-    labels: Tensor  # (N,) the completion tokens: those of the first chosen, the first rejected, the next chosen ...
+    labels: Tensor  # (N,) the completion tokens: of the first chosen, the first rejected, the next chosen ...
     source: Tensor  # (N,) the place in the row whose hidden state predicts the label
-    owner: Tensor  # (N,) the completion that the label belongs to: 2i is the chosen, 2i + 1 the rejected of pair i
+    owner: Tensor  # (N,) whose the label is: 2i of the chosen, 2i + 1 of the rejected completion of pair i
     index: Tensor  # (N,) the label's index in its completion
-    sequences: Tensor  # (2B, L) places in the row of each prompt and completion; filled up with place 0
+    sequences: Tensor  # (2B, L) places in the row of each prompt and completion, filled up with place 0
     home: Tensor  # (T,) and back: where in the flattened sequences a token of the row is
     lengths: Tensor  # (B, 2) tokens of chosen and rejected
     rows: np.ndarray  # (B,) row numbers of the pairs
     step_pairs: int  # pairs in the whole global batch, of which this is a part
     step_tokens: tuple[int, int, int]  # tokens there, of all prompts, chosen and rejected
-    reference_logps: Tensor | None  # (B, 2), where they were computed beforehand
+    reference_logps: Tensor | None  # (B, 2), if computed before training
 
     def sum(self, token_values: Tensor) -> Tensor:
         """(B, 2): sums of token values (N,) over each chosen and each rejected completion."""
@@ -631,7 +623,9 @@ def enable_packing(model) -> None:
     Not every architecture honours the attention interface, and some do more to a hidden state than apply the head.
     """
     draw, vocabulary = np.random.default_rng(0).integers, model.config.get_text_config().vocab_size
-    pairs = [[draw(1, min(100, vocabulary), n).tolist() for n in lengths] for lengths in ((9, 7, 5), (2, 1, 12))]
+    pairs = [
+        [draw(1, min(100, vocabulary), n).tolist() for n in lengths] for lengths in ((9, 7, 5), (2, 1, 12))
+    ]
     arrays = {name: torch.from_numpy(array) for name, array in pack(pairs).items()}
     batch = Batch(**arrays, rows=np.arange(2), step_pairs=2, step_tokens=(11, 8, 17), reference_logps=None)
     model.balancing_loss = balancing_loss(model)
@@ -650,7 +644,7 @@ def enable_packing(model) -> None:
     say(f"{type(model).__name__}: log-probabilities are {way} ({reason})")
 
 
-# ------------------------------------------------------------------------------------------------------- sampling
+# --------------------------------------------------------------------------------------------------- sampling
 
 
 @contextmanager
@@ -746,7 +740,7 @@ def complete(policy, tokenizer, test: Pairs | None, args: Arguments, step: int) 
     return {"exact_match": exact_match("greedy"), "exact_match_sampled": exact_match("sampled")}, samples
 
 
-# ------------------------------------------------------------------------------------------------------------ log
+# -------------------------------------------------------------------------------------------------------- log
 
 
 def say(message: str) -> None:
@@ -762,11 +756,12 @@ class Log:
     number of pairs in the step. The signals SIGTERM and SIGINT set `interrupted` after the step they fall into.
     """
 
-    def __init__(self, args: Arguments, first_step: int, steps: int, device: torch.device):
-        self.args, self.steps, self.device = args, steps, device
+    def __init__(self, args: Arguments, first_step: int, steps: int, pairs: int, device: torch.device):
+        self.args, self.steps, self.pairs, self.device = args, steps, pairs, device
         self.parts: dict[str, Tensor | float] = {}
         self.signals: list[int] = []
         self.interrupted = False
+        self.skipped = 0  # steps in a row, for a gradient that was not finite
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self.on_signal)
         self.main = dist.get_rank() == 0
@@ -800,19 +795,27 @@ class Log:
         self.interrupted = metrics.pop("interrupted") > 0
         return metrics
 
-    def step(self, step: int, metrics: dict[str, float], pairs: int, tokens: int) -> None:
-        """Write the metrics of the step that made it `step` steps."""
+    def step(
+        self, step: int, metrics: dict[str, float], grad_norm: float, lr: float, lengths: np.ndarray
+    ) -> None:
+        """Write the metrics of a step, on pairs of these lengths (B, 3)."""
         seconds, self.time = time.perf_counter() - self.time, time.perf_counter()
-        metrics |= {"pairs_per_second": pairs / seconds, "tokens_per_second": tokens / seconds}
-        metrics["peak_memory_gib"] = peak_memory(self.device)
-        self.write(step, metrics)
+        pairs = len(lengths)
+        self.skipped = 0 if math.isfinite(grad_norm) else self.skipped + 1
+        metrics |= {"grad_norm": grad_norm, "skipped": float(self.skipped > 0), "learning_rate": lr}
+        metrics |= {"epoch": (step + 1) * pairs / self.pairs, "pairs_per_second": pairs / seconds}
+        metrics |= {"tokens_per_second": lengths.sum() / seconds, "peak_memory_gib": peak_memory(self.device)}
+        self.write(step + 1, metrics)
         shown = {"loss": "loss", "margin": "rewards/margins", "accuracy": "rewards/accuracies"}
-        self.bar.set_postfix(
-            {k: f"{metrics[v]:.3g}" for k, v in shown.items()} | {"pairs/s": f"{pairs / seconds:.1f}"}
-        )
+        shown = {short: f"{metrics[name]:.3g}" for short, name in shown.items() if name in metrics}
+        self.bar.set_postfix(shown | {"pairs/s": f"{pairs / seconds:.1f}"}, refresh=False)
         self.bar.update()
-        if step % self.args.logging_steps == 0 or step == self.steps:
-            self.report(step, metrics)
+        if (step + 1) % self.args.logging_steps == 0 or step + 1 == self.steps:
+            self.report(step + 1, metrics)
+        if self.skipped == 3:
+            fail(
+                f"the gradient was not finite three times in a row, up to step {step + 1}; checkpoints are intact"
+            )
 
     def evaluation(self, step: int, metrics: dict[str, float], samples: list[dict]) -> None:
         """Write metrics of the test pairs, and completions, after `step` steps."""
@@ -880,7 +883,7 @@ def tracker(args: Arguments):
     return track
 
 
-# ---------------------------------------------------------------------------------------------------- checkpoints
+# ------------------------------------------------------------------------------------------------ checkpoints
 
 IMMATERIAL = {
     "overwrite_output_dir",

@@ -28,19 +28,8 @@ from tqdm import tqdm
 import common
 from common import Batch, Pairs, arg
 
-# ------------------------------------------------------------------------------------------------------ the loss
+# --------------------------------------------------------------------------------------------------- the loss
 
-AVERAGED = (
-    "ipo",
-    "sigmoid_norm",
-    "sft",
-)  # these compare log-probabilities per token: sums divided by lengths
-WHOLE_BATCH = (
-    "aot",
-    "aot_unpaired",
-    "aot_pair",
-)  # these sort, so that they need all pairs of the step at once
-SMOOTHED = ("sigmoid", "sigmoid_norm", "robust", "exo_pair", "aot", "aot_unpaired", "aot_pair")
 OF_THE_MARGIN = (
     "sigmoid",
     "hinge",
@@ -48,10 +37,23 @@ OF_THE_MARGIN = (
     "exo_pair",
     "discopop",
 )  # functions of z, which f-divergences redefine
-LOSS_TYPES = (
-    *OF_THE_MARGIN, "ipo", "sigmoid_norm", "nca_pair", "bco_pair", "sppo_hard", "apo_zero", "apo_down", "sft",
+OF_REWARDS = (
+    "nca_pair",
+    "bco_pair",
+    "sppo_hard",
+    "apo_zero",
+    "apo_down",
+)  # not of the margin between them alone
+AVERAGED = ("ipo", "sigmoid_norm", "sft")  # of log-probabilities per token: sums divided by lengths
+WHOLE_BATCH = ("aot", "aot_unpaired", "aot_pair")  # they sort, so they need all pairs of the step at once
+LOSS_TYPES = OF_THE_MARGIN + OF_REWARDS + AVERAGED + WHOLE_BATCH
+SMOOTHED = (
+    "sigmoid",
+    "sigmoid_norm",
+    "robust",
+    "exo_pair",
     *WHOLE_BATCH,
-)  # fmt: skip
+)  # those that label_smoothing applies to
 
 
 def dpo_loss(
@@ -192,51 +194,40 @@ class PowerDifference(torch.autograd.Function):
 
         def push(
             t: Tensor,
-        ) -> Tensor:  # d/dt is e^(-αt); where the loss is flat, even an infinite slope leaves nothing
+        ) -> Tensor:  # d/dt e^(-αt); a flat loss has no gradient, however steep the slope behind it
             return torch.where(grad == 0, grad, grad * (-ctx.alpha * t).exp())
 
         return push(x), -push(y), None
 
 
-# ----------------------------------------------------------------------------------------------------- arguments
+# -------------------------------------------------------------------------------------------------- arguments
 
 
 @dataclass
 class Arguments(common.Arguments):
-    """DPO's own arguments; those that all methods share are in common.py."""
+    """DPO's own arguments; those of all methods are in common.py."""
 
-    beta: float = arg(0.1, "strength of the tie to the reference model (IPO's τ)")
+    beta: float = arg(0.1, "strength of the tie to the reference (IPO's τ)")
     loss_type: list[str] = arg(["sigmoid"], f"one or more of {', '.join(LOSS_TYPES)}")
-    loss_weights: list[float] | None = arg(None, "weights of several loss types in the sum [1 each]")
-    label_smoothing: float | None = arg(None, "ε: share of pairs with swapped labels [0; exo_pair 1e-3]")
+    loss_weights: list[float] | None = arg(None, "weights of the loss types in their sum [1 each]")
+    label_smoothing: float | None = arg(None, "ε: share of pairs with swapped labels [0; for exo_pair 1e-3]")
     f_divergence_type: str = arg("reverse_kl", "or js_divergence, forward_kl, alpha_divergence")
     f_alpha_divergence_coef: float = arg(0.5, "α of the alpha divergence")
     discopop_tau: float = arg(0.05, "temperature of discopop's blend")
-    rpo_alpha: float | None = arg(
-        None, "weight of an added -log π(y_w)/|y_w|, of each pair (IRPO, 2404.19733)"
-    )
-    use_weighting: bool = arg(False, "weight each pair by its probability under the policy (WPO, 2406.11827)")
-    ld_alpha: float | None = arg(
-        None, "weight of tokens beyond the shorter answer's length (LD-DPO, 2409.06411)"
-    )
-    ref_model_name_or_path: str | None = arg(None, "the reference [the policy before training]")
-    precompute_ref_log_probs: bool = arg(False, "once before training; the reference then leaves memory")
+    rpo_alpha: float | None = arg(None, "adds α times -log π(y_w)/|y_w| of each pair (IRPO, 2404.19733)")
+    use_weighting: bool = arg(False, "weight pairs by their probability under the policy (WPO, 2406.11827)")
+    ld_alpha: float | None = arg(None, "weight of tokens past the shorter answer's end (LD-DPO, 2409.06411)")
+    ref_model_name_or_path: str | None = arg(None, "the reference [the policy as it is before training]")
+    precompute_ref_log_probs: bool = arg(False, "once, before training; the reference then leaves memory")
     sync_ref_model: bool = arg(False, "let the reference follow the policy (TR-DPO, 2404.09656)")
     ref_model_sync_steps: int = arg(512, "steps between these updates")
     ref_model_mixup_alpha: float = arg(0.6, "share of the policy in the updated reference")
 
 
-# Without arguments: a 336k-parameter character model that translates numbers, see tests/toy. Small models take, and
-# need, far larger learning rates than large ones.
-TOY = dict(
-    learning_rate=3e-5,
-    max_steps=100,
-    batch_size=32,
-    per_device_train_batch_size=32,
-    per_device_eval_batch_size=250,
-    eval_prompts=500,
-    max_new_tokens=64,
-)
+# The built-in example: a 336k-parameter character model that translates numbers (tests/toy). The smaller the model,
+# the larger the learning rate it takes.
+TOY = dict(learning_rate=3e-5, max_steps=100, batch_size=32, per_device_train_batch_size=32)
+TOY |= dict(per_device_eval_batch_size=250, eval_prompts=500, max_new_tokens=64)
 
 
 def check(args: Arguments) -> None:
@@ -246,51 +237,46 @@ def check(args: Arguments) -> None:
     args.loss_weights = args.loss_weights or [1.0] * len(args.loss_type)
     if len(args.loss_weights) != len(args.loss_type):
         raise ValueError(f"{len(args.loss_type)} loss types but {len(args.loss_weights)} loss_weights")
-    if args.rpo_alpha is not None:  # the same term by its other name
+    if args.rpo_alpha is not None:  # the same by another name
         args.loss_type, args.loss_weights = [*args.loss_type, "sft"], [*args.loss_weights, args.rpo_alpha]
-    if args.sync_ref_model and args.precompute_ref_log_probs:
-        raise ValueError(
-            "sync_ref_model changes the reference, so precompute_ref_log_probs cannot be used with it"
-        )
-    if args.label_smoothing and not {*args.loss_type} & {*SMOOTHED}:
+    chosen = {*args.loss_type}
+    if args.label_smoothing and not chosen & {*SMOOTHED}:
         raise ValueError(f"label_smoothing has no meaning for {', '.join(args.loss_type)}")
-    if args.use_weighting and {*args.loss_type} & {*WHOLE_BATCH}:
-        raise ValueError("use_weighting weights pairs, but aot compares quantiles of a batch")
-    if args.ld_alpha is not None and {*args.loss_type} & {*AVERAGED}:
-        raise ValueError(
-            f"ld_alpha changes sums of log-probabilities; {', '.join(AVERAGED)} and rpo_alpha average"
-        )
+    if args.f_divergence_type != "reverse_kl" and not chosen & {*OF_THE_MARGIN}:
+        raise ValueError(f"f_divergence_type has no meaning for {', '.join(args.loss_type)}")
+    if args.use_weighting and chosen & {*WHOLE_BATCH}:
+        raise ValueError("use_weighting weights pairs, but aot compares quantiles of the batch")
+    if args.ld_alpha is not None and chosen & {*AVERAGED}:
+        raise ValueError(f"ld_alpha changes sums of log-probabilities, but {', '.join(AVERAGED)} average")
+    if args.sync_ref_model and args.precompute_ref_log_probs:
+        raise ValueError("with sync_ref_model the reference changes: it cannot be precomputed")
     if args.ref_model_sync_steps < 1:
         raise ValueError(f"ref_model_sync_steps must be at least 1, not {args.ref_model_sync_steps}")
-    for loss_type in args.loss_type:  # dpo_loss says what else is wrong: ask it before any work
+    for loss_type in args.loss_type:  # whatever else is wrong dpo_loss says, before any work
         losses_of(torch.zeros(1, 2), torch.zeros(1, 2), loss_type, args, 0.0)
 
 
-# ------------------------------------------------------------------------------------------- one micro-batch
+# -------------------------------------------------------------------------------------------- one micro-batch
 
 
-def losses_of(
-    logps: Tensor, ref_logps: Tensor, loss_type: str, args: Arguments, bco_delta: float | Tensor
-) -> Tensor:
-    """dpo_loss with the options of `args`, from log-probabilities (B, 2) of chosen and rejected."""
+def losses_of(logps: Tensor, ref_logps: Tensor, loss_type: str, args: Arguments, bco_delta) -> Tensor:
+    """dpo_loss (B,) with the options of `args`, from log-probabilities (B, 2) of chosen and rejected."""
     return dpo_loss(
         *logps.unbind(1),
         *ref_logps.unbind(1),
         beta=args.beta,
         loss_type=loss_type,
         label_smoothing=args.label_smoothing if loss_type in SMOOTHED else 0.0,
-        f_divergence_type=args.f_divergence_type,
+        f_divergence_type=args.f_divergence_type if loss_type in OF_THE_MARGIN else "reverse_kl",
         f_alpha_divergence_coef=args.f_alpha_divergence_coef,
         discopop_tau=args.discopop_tau,
         bco_delta=bco_delta,
     )
 
 
-def completion_logps(token_logps: Tensor, batch: Batch, args: Arguments) -> Tensor:
-    """(B, 2): DPO sums over tokens, it does not average: its reward is of the whole answer."""
-    if (
-        args.ld_alpha is not None
-    ):  # count tokens less that only the longer answer has; LD-DPO, 2409.06411 eq. 9
+def sum_logps(token_logps: Tensor, batch: Batch, args: Arguments) -> Tensor:
+    """(B, 2) log-probabilities of chosen and rejected: DPO sums over tokens, for its reward is the whole answer's."""
+    if args.ld_alpha is not None:  # LD-DPO counts the tokens that only the longer answer has for less
         shorter = batch.lengths.amin(1)[batch.owner // 2]  # (N,)
         token_logps = torch.where(batch.index < shorter, token_logps, args.ld_alpha * token_logps)
     return batch.sum(token_logps)
@@ -301,7 +287,7 @@ def reference_logps(reference, batch: Batch, args: Arguments) -> Tensor:
     """(B, 2)"""
     if batch.reference_logps is not None:
         return batch.reference_logps
-    return completion_logps(reference.score(batch).token_logps, batch, args)
+    return sum_logps(reference.score(batch).token_logps, batch, args)
 
 
 def gather_pairs(logps: Tensor) -> Tensor:
@@ -317,29 +303,31 @@ def loss_and_metrics(
 ) -> tuple[Tensor, dict]:
     """This micro-batch's part of the loss, and of the means of the metrics, of the whole global batch.
 
-    Parts are sums over pairs divided by the number of pairs in the global batch: so they add up, and neither loss nor
-    gradient depends on how the batch is split over processes and micro-batches.
+    Parts are sums over pairs divided by the number of pairs in the global batch. So they add up, and neither loss
+    nor gradient depends on how the batch is split over processes and micro-batches.
     """
     ref_logps = reference_logps(
         reference, batch, args
     )  # first, for memory: it keeps nothing for a backward pass
     scores = policy.score(batch, collisions=args.use_weighting)
-    logps = completion_logps(scores.token_logps, batch, args)  # (B, 2)
+    logps = sum_logps(scores.token_logps, batch, args)  # (B, 2)
+    averages = logps / batch.lengths
 
     weights = 1.0
     if (
         args.use_weighting
-    ):  # WPO, 2406.11827 eq. 2: how likely the policy itself would be to give these answers
+    ):  # WPO, 2406.11827 eq. 2: pairs that the policy itself could have written count for more
         log_weights = batch.sum(scores.token_logps.detach() - scores.log_collisions) / batch.lengths  # (B, 2)
         weights = log_weights.sum(1).exp().clamp(max=1)  # (B,)
 
-    loss, averages = 0.0, logps / batch.lengths
+    loss = 0.0
     for loss_type, loss_weight in zip(args.loss_type, args.loss_weights, strict=True):
         if loss_type in AVERAGED:
             losses = losses_of(averages, ref_logps / batch.lengths, loss_type, args, bco_delta)
         elif loss_type in WHOLE_BATCH:
             losses = losses_of(gather_pairs(logps), gather_pairs(ref_logps), loss_type, args, bco_delta)
-            # Every process has the losses of all pairs. Their gradients differ, and add up; their values are shared out.
+            # Every process has all losses, each with the gradient of its own pairs: the gradients add up as they
+            # are, of the value each process counts its share.
             losses = losses - losses.detach() * (1 - 1 / dist.get_world_size())
         else:
             losses = losses_of(logps, ref_logps, loss_type, args, bco_delta)
@@ -347,48 +335,30 @@ def loss_and_metrics(
 
     rewards = args.beta * (logps - ref_logps).detach()  # (B, 2)
     sums = {
-        "rewards/chosen": rewards[:, 0],
-        "rewards/rejected": rewards[:, 1],
-        "rewards/accuracies": rewards[:, 0] > rewards[:, 1],
-        "rewards/margins": rewards[:, 0] - rewards[:, 1],
-        "logps/chosen": logps[:, 0],
-        "logps/rejected": logps[:, 1],
+        "rewards/chosen": rewards[:, 0].sum(),
+        "rewards/rejected": rewards[:, 1].sum(),
+        "rewards/accuracies": (rewards[:, 0] > rewards[:, 1]).sum(),
+        "rewards/margins": (rewards[:, 0] - rewards[:, 1]).sum(),
+        "logps/chosen": logps[:, 0].sum(),
+        "logps/rejected": logps[:, 1].sum(),
     }
     if "sft" in args.loss_type:
-        sums["nll_loss"] = -averages[:, 0]
-    parts = {name: values.sum() / batch.step_pairs for name, values in sums.items()}
+        sums["nll_loss"] = -averages[:, 0].sum()
+    parts = {name: value / batch.step_pairs for name, value in sums.items()}
     if (
         policy.balancing_loss
-    ):  # of a mixture of experts; not a sum over pairs: the mean over micro-batches stands in
+    ):  # of a mixture of experts; it is no sum over pairs: take the mean of micro-batches
         parts["aux_loss"] = scores.aux_loss * len(batch.lengths) / batch.step_pairs
         loss = loss + policy.config.router_aux_loss_coef * parts["aux_loss"]
-    return loss, {"loss": loss, **parts}
+    return loss, {"loss": loss} | parts
 
 
 # --------------------------------------------------------------------------------------------------- training
 
 
-def by_length(pairs: Pairs) -> np.ndarray:
-    """The row numbers, short pairs first, so that those of a batch are alike."""
-    return np.argsort(pairs.lengths.sum(1), kind="stable")
-
-
 @torch.no_grad()
-def evaluate(
-    policy, reference, tokenizer, test: Pairs, args: Arguments, log, step: int, bco_delta: Tensor
-) -> None:
-    """The same metrics on the test pairs, all of them one global batch; and completions of test prompts."""
-    for batch in common.micro_batches(test, by_length(test), args.per_device_eval_batch_size, log.device):
-        log.add(loss_and_metrics(policy, reference, batch, args, bco_delta)[1])
-    metrics, samples = common.complete(policy, tokenizer, test, args, step)
-    log.evaluation(step, log.means() | metrics, samples)
-
-
-@torch.no_grad()
-def precompute(
-    reference, pairs: Pairs, groups: list[np.ndarray], size: int, path: Path, args: Arguments
-) -> Pairs:
-    """The pairs with the reference's log-probabilities of those in `groups`, kept at `path` for when a run goes on."""
+def precompute(reference, pairs: Pairs, groups, size: int, path: Path, args: Arguments) -> Pairs:
+    """The pairs with the reference's log-probabilities of those in `groups`, kept at `path` for a run that goes on."""
     if not path.exists():
         dtype = torch.promote_types(getattr(torch, args.dtype), torch.float32)
         logps = torch.zeros(len(pairs.rows), 2, dtype=dtype, device=reference.device)
@@ -403,6 +373,22 @@ def precompute(
     return pairs._replace(reference_logps=np.load(path))
 
 
+@torch.no_grad()
+def evaluate(
+    policy, reference, tokenizer, test: Pairs, args: Arguments, log, step: int, bco_delta: Tensor
+) -> None:
+    """The metrics of the test pairs, all of them as one global batch, and completions of test prompts."""
+    for batch in common.micro_batches(test, by_length(test), args.per_device_eval_batch_size, policy.device):
+        log.add(loss_and_metrics(policy, reference, batch, args, bco_delta)[1])
+    metrics, samples = common.complete(policy, tokenizer, test, args, step)
+    log.evaluation(step, log.means() | metrics, samples)
+
+
+def by_length(pairs: Pairs) -> np.ndarray:
+    """The row numbers, short pairs first, so that pairs of a micro-batch are alike."""
+    return pairs.lengths.sum(1).argsort(kind="stable")
+
+
 def main(args: Arguments) -> None:
     try:
         check(args)
@@ -410,28 +396,22 @@ def main(args: Arguments) -> None:
         common.fail(str(error))
     rank, world, device = common.start(args)
     if world * args.per_device_train_batch_size < args.batch_size and {*args.loss_type} & {*WHOLE_BATCH}:
-        common.fail(
-            f"aot sorts the whole batch: --per_device_train_batch_size {args.batch_size // world} holds it"
-        )
+        common.fail(f"aot needs the batch at once: --per_device_train_batch_size {args.batch_size // world}")
     tokenizer = common.load_tokenizer(args)
     train, test = common.load_pairs(args, tokenizer)
     batches = common.global_batches(
         train.lengths, args
-    )  # (steps, batch_size): the whole run, known to every process
+    )  # (steps, batch_size): the run, known to all processes
     policy = common.load_model(args.model_name_or_path, args, device, trainable=True)
     path = args.ref_model_name_or_path or args.model_name_or_path
     reference = common.load_model(path, args, device, trainable=False, compact=not args.sync_ref_model)
-    betas = (args.adam_beta1, args.adam_beta2)
-    optimizer = torch.optim.AdamW(
-        policy.parameters(), betas=betas, eps=args.adam_epsilon, weight_decay=args.weight_decay, fused=True
-    )
-    bco_delta = torch.zeros((), dtype=torch.float64, device=device)  # the mean reward of all steps so far
-    extra = {"bco_delta": bco_delta}
-    if args.sync_ref_model:
-        extra["reference"] = reference.state_dict()
+    optimizer = common.adamw(policy, args)
+    bco_delta = torch.zeros((), dtype=torch.float64, device=device)  # the mean reward of all earlier steps
+    extra = {"bco_delta": bco_delta} | ({"reference": reference.state_dict()} if args.sync_ref_model else {})
     first_step = common.resume(args, policy, optimizer, extra)
+
     if args.precompute_ref_log_probs:
-        # In the batches of the first epoch, so that packing and with it rounding are as in the policy's first pass.
+        # In the batches of the first epoch: packed alike, its log-probabilities are rounded as the policy's are.
         first_epoch = batches[: len(train.rows) // args.batch_size]
         rest = np.setdiff1d(batches, first_epoch)
         groups = [*first_epoch, *np.split(rest, range(args.batch_size, len(rest), args.batch_size))]
@@ -441,15 +421,14 @@ def main(args: Arguments) -> None:
             path = Path(args.output_dir, "reference_logps_test.npy")
             test = precompute(reference, test, [by_length(test)], args.per_device_eval_batch_size, path, args)
         reference = None
-    log = common.Log(args, first_step, len(batches), device)
-    if first_step == 0 and test:
-        evaluate(policy, reference, tokenizer, test, args, log, 0, bco_delta)
 
-    skipped = 0
+    log = common.Log(args, first_step, len(batches), len(train.rows), device)
+    if test and first_step == 0:
+        evaluate(policy, reference, tokenizer, test, args, log, 0, bco_delta)
     for step in range(first_step, len(batches)):
         common.seed(
             args.seed, step, rank
-        )  # a step depends on nothing else but the state that checkpoints hold
+        )  # beyond these and what checkpoints hold, a step depends on nothing
         for group in optimizer.param_groups:
             group["lr"] = common.learning_rate(step, len(batches), args)
         for batch in common.micro_batches(train, batches[step], args.per_device_train_batch_size, device):
@@ -459,32 +438,26 @@ def main(args: Arguments) -> None:
         grad_norm = (
             torch.nn.utils.clip_grad_norm_(policy.parameters(), args.max_grad_norm).full_tensor().item()
         )
-        if math.isfinite(grad_norm):
+        if math.isfinite(grad_norm):  # the same on all processes; else they skip the step
             optimizer.step()
         optimizer.zero_grad()
 
         metrics = log.means()
         bco_delta += ((metrics["rewards/chosen"] + metrics["rewards/rejected"]) / 2 - bco_delta) / (step + 1)
         if args.sync_ref_model and (step + 1) % args.ref_model_sync_steps == 0:
-            for ours, theirs in zip(reference.parameters(), policy.parameters(), strict=True):
-                ours.data.lerp_(theirs.data, args.ref_model_mixup_alpha)
-        skipped = 0 if math.isfinite(grad_norm) else skipped + 1  # on every process alike
-        metrics |= {"grad_norm": grad_norm, "skipped": float(skipped > 0), "learning_rate": group["lr"]}
-        metrics["epoch"] = (step + 1) * args.batch_size / len(train.rows)
-        log.step(step + 1, metrics, args.batch_size, int(train.lengths[batches[step]].sum()))
-        if skipped == 3:
-            common.fail(f"the gradient was not finite three times in a row, the last time in step {step + 1}")
+            for old, new in zip(reference.parameters(), policy.parameters(), strict=True):
+                old.data.lerp_(new.data, args.ref_model_mixup_alpha)
+        log.step(step, metrics, grad_norm, group["lr"], train.lengths[batches[step]])
 
-        last = step + 1 == len(batches)
-        if test and (last or (args.eval_steps and (step + 1) % args.eval_steps == 0)):
-            evaluate(policy, reference, tokenizer, test, args, log, step + 1, bco_delta)
-        if last or log.interrupted or (step + 1) % args.save_steps == 0:
-            common.save_checkpoint(args, policy, optimizer, step + 1, extra)
+        done, last = step + 1, step + 1 == len(batches)
+        if test and (last or (args.eval_steps and done % args.eval_steps == 0)):
+            evaluate(policy, reference, tokenizer, test, args, log, done, bco_delta)
+        if last or log.interrupted or done % args.save_steps == 0:
+            common.save_checkpoint(args, policy, optimizer, done, extra)
         if log.interrupted:
-            common.say(
-                f"interrupted after step {step + 1}, which is saved; the same command goes on from there"
+            common.leave(
+                f"interrupted after step {done}, which is saved: the same command goes on from there"
             )
-            raise SystemExit(143)
     common.save_model(args, policy, tokenizer)
     log.close()
     dist.destroy_process_group()

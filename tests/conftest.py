@@ -12,16 +12,29 @@ import common
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 SMALL = dict(vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
-SMALL |= dict(num_key_value_heads=2, max_position_embeddings=128, bos_token_id=1, eos_token_id=2, pad_token_id=0)
+SMALL |= dict(
+    num_key_value_heads=2, max_position_embeddings=128, bos_token_id=1, eos_token_id=2, pad_token_id=0
+)
 # Larger initial weights than usual: attention then matters, so that wrong attention shows.
 ARCHITECTURES = {
     "llama": SMALL,
     "qwen2": SMALL | dict(tie_word_embeddings=True),
     "mistral": SMALL | dict(sliding_window=5),
     "mixtral": SMALL | dict(num_local_experts=4, num_experts_per_tok=2),
-    "gpt2": dict(vocab_size=61, n_embd=32, n_layer=2, n_head=4, n_positions=128, bos_token_id=1, eos_token_id=2,
-                 attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0),
-    "gemma2": SMALL | dict(head_dim=8, attn_logit_softcapping=2.0, final_logit_softcapping=5.0, query_pre_attn_scalar=8),
+    "gpt2": dict(
+        vocab_size=61,
+        n_embd=32,
+        n_layer=2,
+        n_head=4,
+        n_positions=128,
+        bos_token_id=1,
+        eos_token_id=2,
+        attn_pdrop=0.0,
+        embd_pdrop=0.0,
+        resid_pdrop=0.0,
+    ),
+    "gemma2": SMALL
+    | dict(head_dim=8, attn_logit_softcapping=2.0, final_logit_softcapping=5.0, query_pre_attn_scalar=8),
     "cohere": SMALL | dict(logit_scale=0.3),
     "falcon": dict(vocab_size=61, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, alibi=True),
 }
@@ -46,10 +59,14 @@ def exact(monkeypatch):
 def tiny(kind: str, **changes) -> torch.nn.Module:
     config = CONFIG_MAPPING[kind](**{**ARCHITECTURES[kind], "initializer_range": 0.2, **changes})
     torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(config, dtype=torch.float64, experts_implementation="eager").train()
+    return AutoModelForCausalLM.from_config(
+        config, dtype=torch.float64, experts_implementation="eager"
+    ).train()
 
 
-def random_pairs(seed: int, n: int, low: int = 1, high: int = 12) -> list[tuple[list[int], list[int], list[int]]]:
+def random_pairs(
+    seed: int, n: int, low: int = 1, high: int = 12
+) -> list[tuple[list[int], list[int], list[int]]]:
     rng = np.random.default_rng(seed)
     return [tuple(rng.integers(3, 61, rng.integers(low, high)).tolist() for _ in range(3)) for _ in range(n)]
 

@@ -47,7 +47,12 @@ def step(script, args, policy, reference, pairs, micro_batch: int) -> tuple[dict
 
 def main(method: str, model: str, out: str) -> None:
     script = importlib.import_module(method)
-    arguments = {"model_name_or_path": model, "dataset_name": "none", "dtype": "float64", "output_dir": out + ".d"}
+    arguments = {
+        "model_name_or_path": model,
+        "dataset_name": "none",
+        "dtype": "float64",
+        "output_dir": out + ".d",
+    }
     args = script.Arguments(**arguments, batch_size=8)
     rank, world, device = common.start(args)
     policy = common.load_model(model, args, device, trainable=True)

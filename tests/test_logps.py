@@ -52,7 +52,9 @@ def test_logps_and_gradients_equal_those_of_single_sequences(kind, shape):
 
 @pytest.mark.parametrize("kind", ["falcon", "gemma2", "cohere"])
 def test_packing_would_be_wrong_where_it_is_refused(kind, capsys):
-    model = tiny(kind, initializer_range=0.02)  # as random models usually are: the check must notice small differences
+    model = tiny(
+        kind, initializer_range=0.02
+    )  # as random models usually are: the check must notice small differences
     enable_packing(model)
     assert not model.packed
     assert "padded" in capsys.readouterr().out
@@ -109,7 +111,9 @@ def test_balancing_loss_counts_each_token_of_the_row_once():
     router = [[] for _ in range(2)]
     for prompt, chosen, rejected in pairs:  # a prompt's routing does not depend on what follows it
         for sequence, first in ((prompt + chosen[:-1], 0), (prompt + rejected[:-1], len(prompt))):
-            for layer, logits in enumerate(model.model(torch.tensor([sequence]), output_router_logits=True).router_logits):
+            for layer, logits in enumerate(
+                model.model(torch.tensor([sequence]), output_router_logits=True).router_logits
+            ):
                 router[layer].append(logits[first:])
     want = model.balancing_loss(tuple(torch.cat(layer) for layer in router))
     torch.testing.assert_close(got, want, rtol=0, atol=1e-10)

@@ -13,12 +13,20 @@ import torch
 from safetensors.torch import load_file
 
 ROOT = Path(__file__).parent.parent
-SHORT = "--max_steps 6 --batch_size 8 --eval_prompts 4 --max_new_tokens 8 --eval_steps 3 --save_steps 2".split()
+SHORT = (
+    "--max_steps 6 --batch_size 8 --eval_prompts 4 --max_new_tokens 8 --eval_steps 3 --save_steps 2".split()
+)
 TIMES = ("pairs_per_second", "tokens_per_second", "peak_memory_gib")
 
 
 def command(script: str, output_dir: Path, *flags: str, processes: int = 1) -> list[str]:
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    torchrun = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc_per_node={processes}",
+    ]
     start = [sys.executable] if processes == 1 else torchrun
     return [*start, str(ROOT / script), "--output_dir", str(output_dir), *flags]
 
@@ -28,7 +36,9 @@ def environment() -> dict[str, str]:
 
 
 def run(*args, **options) -> subprocess.CompletedProcess:
-    return subprocess.run(command(*args, **options), capture_output=True, text=True, env=environment(), timeout=300)
+    return subprocess.run(
+        command(*args, **options), capture_output=True, text=True, env=environment(), timeout=300
+    )
 
 
 def succeed(*args, **options) -> str:
@@ -46,7 +56,9 @@ def stop(script: str, output_dir: Path, *flags: str, after_steps: int, by: signa
         stderr=subprocess.DEVNULL,
         env=environment(),
     )
-    while process.poll() is None and (not metrics.exists() or f'"step": {after_steps}, "loss"' not in metrics.read_text()):
+    while process.poll() is None and (
+        not metrics.exists() or f'"step": {after_steps}, "loss"' not in metrics.read_text()
+    ):
         time.sleep(0.005)
     assert process.poll() is None, "the run ended before it could be stopped"
     for pid in [process.pid] if by != signal.SIGKILL else [process.pid, *children(process.pid)]:
