@@ -1,4 +1,4 @@
-"""What the scripts share: arguments, processes, models, data, packed log-probabilities, sampling, log, checkpoints.
+"""What the scripts share: arguments, processes, models, data, log-probabilities, sampling, log, checkpoints.
 
 What decides the gradient is not here but in the scripts: losses, how log-probabilities are reduced, the step.
 """
@@ -107,7 +107,7 @@ def fail(message: str) -> NoReturn:
 
 
 def parse(kind: type[Arguments], toy: dict) -> Arguments:
-    """The command line's arguments. With neither model nor dataset the built-in example runs, on `toy` defaults."""
+    """The command line's arguments; given neither model nor dataset, those of the built-in example."""
     parser = transformers.HfArgumentParser(kind, allow_abbrev=False)
     flags = {word.split("=")[0] for word in sys.argv[1:]}
     if not flags & {"--model_name_or_path", "--dataset_name"}:
@@ -170,7 +170,7 @@ POSITIVE = """batch_size per_device_train_batch_size per_device_eval_batch_size 
 
 
 def leave(message: str) -> NoReturn:
-    """End the program, all processes at the same point, with the exit code of one that was told to terminate."""
+    """End the program, on all processes at the same point, as one that was told to terminate."""
     say(message)
     dist.destroy_process_group()
     raise SystemExit(128 + signal.SIGTERM)
@@ -215,8 +215,8 @@ def load_tokenizer(args: Arguments):
 def load_model(path: str, args: Arguments, device: torch.device, *, trainable: bool, compact: bool = False):
     """A causal language model, sharded over all processes, with the method `score` of this file.
 
-    Dropout is off: policy and reference agree exactly before the first step. `compact` keeps the weights in the
-    dtype of the computation, which loses nothing while they do not change.
+    Dropout is off: policy and reference agree exactly before the first step. `compact` keeps the weights in
+    the dtype of the computation, which loses nothing while they do not change.
     """
     config = from_pretrained(AutoConfig, path, args).to_dict()
     no_dropout = {name: 0.0 for name, value in config.items() if "drop" in name and isinstance(value, float)}
@@ -229,8 +229,8 @@ def load_model(path: str, args: Arguments, device: torch.device, *, trainable: b
         for parameter in model.parameters():
             parameter.data = parameter.data.to(torch.bfloat16)
 
-    # Every decoder layer is gathered when it computes and freed after. Embedding, last norm and head are the root's:
-    # the policy's stays gathered for the backward pass, which frees it; the reference has none.
+    # Every decoder layer is gathered when it computes and freed after. Embedding, last norm and head are the
+    # root's: the policy's stays gathered until its backward pass is done; the reference has none.
     mesh = dist.init_device_mesh(device.type, (dist.get_world_size(),))
     precision = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if args.bf16 else MixedPrecisionPolicy()
     for layer in [m for m in model.modules() if type(m).__name__ in (model._no_split_modules or ())]:
@@ -248,7 +248,7 @@ def adamw(model, args: Arguments) -> torch.optim.AdamW:
 
 
 def balancing_loss(model):
-    """A mixture of experts' load-balancing loss as a function of router logits, if its config asks for it, else None."""
+    """The load-balancing loss of a mixture of experts, a function of router logits, if its config has it."""
     if not getattr(model.config, "output_router_logits", False):
         return None
     loss = sys.modules[type(model).__module__].load_balancing_loss_func
@@ -259,7 +259,7 @@ def balancing_loss(model):
 
 
 class Pairs(NamedTuple):
-    """Tokenized preference pairs. `rows` has token ids `prompt`, `chosen`, `rejected`, and the dataset's `answer`."""
+    """Preference pairs: token ids `prompt`, `chosen`, `rejected`, and the text `answer` if the data have it."""
 
     rows: datasets.Dataset
     lengths: np.ndarray  # (n, 3) tokens of prompt, chosen, rejected
@@ -269,8 +269,9 @@ class Pairs(NamedTuple):
 def load_pairs(args: Arguments, tokenizer) -> tuple[Pairs, Pairs | None]:
     """Training and test pairs; None for the latter if there is no such split or eval_strategy is "no".
 
-    Columns are `prompt` (or none: then it is what the completions share), `chosen`, `rejected`, and maybe `answer`,
-    each a text or a list of messages for the chat template.
+    Columns are `prompt` (if none, it is what the completions share), `chosen`, `rejected`, each a text or a
+    list of messages for the chat template, and optionally `answer`, a text to compare the policy's own
+    completions with.
     """
     path = Path(args.dataset_name)
     kind = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}.get(path.suffix)
@@ -326,7 +327,7 @@ def tokenize_pairs(raw: datasets.Dataset, name: str, args: Arguments, tokenizer)
     lengths = [pc.list_value_length(rows.data[c]).to_numpy() for c in ("prompt", "chosen", "rejected")]
     lengths = np.stack(lengths, axis=1)[kept]
     say(
-        f"{len(kept)} {name} pairs, of {lengths.mean(0).round()} tokens in prompt, chosen, rejected on average"
+        f"{len(kept)} {name} pairs: on average prompt, chosen, rejected have {lengths.mean(0).round()} tokens"
     )
     return Pairs(rows.select(kept).remove_columns(["problem", "moved"]), lengths)
 
@@ -369,7 +370,7 @@ def is_empty(completion: str | list[dict] | None) -> bool:
 
 
 def extract_prompt(chosen, rejected) -> tuple:
-    """(prompt, chosen, rejected) of completions that contain the prompt: the words or messages that they share."""
+    """(prompt, chosen, rejected) of completions with the prompt in them: the words or messages they share."""
     is_text = isinstance(chosen, str)
     if is_text:
         chosen, rejected = (re.findall(r"\s*\S+|\s+", text) for text in (chosen, rejected))
@@ -386,7 +387,7 @@ def shared_length(a: list, b: list) -> int:
 def encode(tokenizer, prompt: str | list[dict], completion: str | list[dict] | None = None) -> list[int]:
     """Token ids of a prompt that waits for its completion, or of prompt, completion and end.
 
-    Conversations: what the chat template makes of them. Texts: EOS once, and BOS once if the tokenizer adds one.
+    Of conversations, what the chat template makes. Of texts, EOS once, and BOS once if the tokenizer adds it.
     """
     if isinstance(prompt, list):
         messages = [{k: v for k, v in m.items() if v is not None} for m in prompt + (completion or [])]
@@ -408,8 +409,8 @@ def encode(tokenizer, prompt: str | list[dict], completion: str | list[dict] | N
 def global_batches(lengths: np.ndarray, args: Arguments) -> np.ndarray:
     """The row numbers of every batch of the run, (steps, batch_size): a function of seed and epoch.
 
-    A batch is a random sample, sorted by length: processes and micro-batches then get pairs that are alike. The pairs
-    of an epoch that do not fill a batch wait for another epoch.
+    A batch is a random sample, sorted by length, so that processes and micro-batches get pairs that are
+    alike. The pairs of an epoch that do not fill a batch wait for another epoch.
     """
     size, per_epoch = args.batch_size, len(lengths) // args.batch_size
     if not per_epoch:
@@ -431,8 +432,8 @@ def global_batches(lengths: np.ndarray, args: Arguments) -> np.ndarray:
 class Batch:
     """B pairs in one row without padding: prompt, chosen, rejected, next prompt, ...
 
-    A prompt's tokens are there once: both completions attend to them. The last token of a completion is only ever
-    a label, so it is not in the row. T tokens in the row, N completion tokens, sequences of at most L tokens.
+    A prompt's tokens are there once: both completions attend to them. The last token of a completion is only
+    ever a label and not in the row. T tokens in the row, N completion tokens, sequences of at most L tokens.
     """
 
     input_ids: Tensor  # (1, T)
@@ -460,9 +461,9 @@ class Batch:
 
 
 def micro_batches(pairs: Pairs, rows: np.ndarray, size: int, device: torch.device) -> Iterator[Batch]:
-    """This process's part of a global batch, at most `size` pairs at a time; as many batches on every process.
+    """This process's part of a global batch, `size` pairs at a time; equally many batches on all processes.
 
-    An uneven end leaves some processes with a batch of no pairs: it computes, contributes nothing, keeps in step.
+    An uneven end leaves some processes with a batch of no pairs: it contributes nothing, but keeps in step.
     """
     rank, world = dist.get_rank(), dist.get_world_size()
     mine = rows[
@@ -534,7 +535,7 @@ class Scores(NamedTuple):
 def score(model, batch: Batch, *, collisions: bool = False) -> Scores:
     """model.score(batch): packed, with shared prompts, and no [tokens, vocabulary] tensor kept.
 
-    Equal to `plain_score`, the definition, which runs for the architectures where this would not be (enable_packing).
+    Equal to plain_score, the definition, which runs for architectures where it would not be (enable_packing).
     """
     if not model.packed:
         return plain_score(model, batch, collisions=collisions)
@@ -594,7 +595,8 @@ def label_logps(logits: Tensor, labels: Tensor, collisions: bool) -> tuple[Tenso
 def packed_attention(module, query, key, value, mask, *, packed_sequences=None, packed_home=None, **options):
     """An attention function for transformers: q, k, v (1, heads, T, size) -> (1, T, heads, size).
 
-    Each sequence becomes a causal row of its own, so that the flash kernel runs without a mask, and is packed again.
+    Each sequence becomes a causal row of its own, so that a flash kernel runs without a mask, and is packed
+    again.
     """
     if packed_sequences is None:  # an ordinary call, such as from generate()
         return sdpa_attention_forward(module, query, key, value, mask, **options)
@@ -618,9 +620,10 @@ AttentionMaskInterface.register("packed", sdpa_mask)  # ordinary calls get their
 
 @torch.no_grad()
 def enable_packing(model) -> None:
-    """Switch a model, not yet sharded, to packed attention if that gives the same log-probabilities as plain_score.
+    """Switch a model, not yet sharded, to packed attention if its log-probabilities then equal plain_score's.
 
-    Not every architecture honours the attention interface, and some do more to a hidden state than apply the head.
+    Not every architecture honours the attention interface; some do more to a hidden state than apply the
+    head.
     """
     draw, vocabulary = np.random.default_rng(0).integers, model.config.get_text_config().vocab_size
     pairs = [
@@ -649,7 +652,7 @@ def enable_packing(model) -> None:
 
 @contextmanager
 def gathered(model, args: Arguments) -> Iterator[bool]:
-    """Full weights on every process while generating, if they fit: one all-gather, not one per token and layer.
+    """Full weights on every process while generating, if they fit: one all-gather, not one for each token.
 
     Yields whether they do. If not, all processes must generate the same number of tokens (synced_gpus).
     """
@@ -678,7 +681,7 @@ def generate(model, tokenizer, prompts: list[list[int]], args: Arguments, **samp
     eos = config.eos_token_id if config.eos_token_id is not None else tokenizer.eos_token_id
     eos = eos if isinstance(eos, list) else [eos]
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else eos[0]
-    # A fresh configuration: what the checkpoint's says of temperature or top-k must not change the distribution.
+    # A fresh configuration: the checkpoint's temperature, top-k and so on must not change the distribution.
     model.generation_config = transformers.GenerationConfig(
         eos_token_id=eos, pad_token_id=pad, max_new_tokens=args.max_new_tokens, **sampling
     )
@@ -750,10 +753,11 @@ def say(message: str) -> None:
 
 
 class Log:
-    """Global means of the metrics: to metrics.jsonl, a line per step and per evaluation, the console and a tracker.
+    """Global means of metrics: to metrics.jsonl, one line per step or evaluation, to console and tracker.
 
-    Scripts `add` parts that sum to the mean over the whole global batch, such as a sum over some pairs divided by the
-    number of pairs in the step. The signals SIGTERM and SIGINT set `interrupted` after the step they fall into.
+    Scripts `add` parts that sum to the mean over the whole global batch, such as a sum over some pairs
+    divided by the number of pairs in the step. SIGTERM and SIGINT set `interrupted` after the step they fall
+    into.
     """
 
     def __init__(self, args: Arguments, first_step: int, steps: int, pairs: int, device: torch.device):
@@ -813,9 +817,7 @@ class Log:
         if (step + 1) % self.args.logging_steps == 0 or step + 1 == self.steps:
             self.report(step + 1, metrics)
         if self.skipped == 3:
-            fail(
-                f"the gradient was not finite three times in a row, up to step {step + 1}; checkpoints are intact"
-            )
+            fail(f"the gradient was not finite in three steps up to {step + 1}; the checkpoints are intact")
 
     def evaluation(self, step: int, metrics: dict[str, float], samples: list[dict]) -> None:
         """Write metrics of the test pairs, and completions, after `step` steps."""
@@ -875,7 +877,7 @@ def tracker(args: Arguments):
     else:  # wandb and trackio have the same interface
         tracking = __import__(args.report_to)
         project = Path(args.output_dir).name
-        run = tracking.init(project=project, name=args.run_name, config=asdict(args), dir=args.output_dir)
+        tracking.init(project=project, name=args.run_name, config=asdict(args), dir=args.output_dir)
 
         def track(metrics, step):
             tracking.log(metrics, step=step) if metrics is not None else tracking.finish()
@@ -921,9 +923,7 @@ def check_output_dir(args: Arguments) -> None:
     differ = [name for name in new if name not in IMMATERIAL and old.get(name) != new[name]]
     if differ:
         changes = ", ".join(f"{name} {old.get(name)} (now {new[name]})" for name in differ)
-        fail(
-            f"{args.output_dir} holds a run with {changes}; choose another --output_dir or --overwrite_output_dir"
-        )
+        fail(f"another run is in {args.output_dir}: {changes}; change --output_dir or --overwrite_output_dir")
     if run["finished"]:
         say(f"finished already, in {args.output_dir}; --overwrite_output_dir starts anew")
         raise SystemExit(0)
@@ -975,14 +975,12 @@ def resume(args: Arguments, policy, optimizer, extra: dict[str, Tensor]) -> int:
     )
     say(f"going on after step {state['step']}, from {newest[0]}")
     if state["processes"] != dist.get_world_size():
-        say(
-            f"it ran on {state['processes']} processes: on {dist.get_world_size()} results are equal up to rounding"
-        )
+        say(f"it had {state['processes']} processes, not {dist.get_world_size()}: rounding will differ")
     return state["step"]
 
 
 def save_model(args: Arguments, policy, tokenizer) -> None:
-    """Model and tokenizer for from_pretrained(output_dir), and on the Hub if asked for. Marks the run as finished."""
+    """Save model and tokenizer for from_pretrained(output_dir), and to the Hub if asked for."""
     options = dsd.StateDictOptions(
         full_state_dict=True, cpu_offload=True
     )  # the whole model is on rank 0 only

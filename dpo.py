@@ -1,13 +1,13 @@
 """Direct Preference Optimization (Rafailov et al. 2023, https://arxiv.org/abs/2305.18290), all its losses.
 
-A policy π learns to prefer the chosen answer y_w to the rejected answer y_l of a prompt x. No reward model, no
-sampling: the policy's own log-probabilities, against a frozen copy of where it started, are the reward.
+A policy π learns to prefer the chosen answer y_w to the rejected answer y_l of a prompt x. There is no reward
+model: its own log-probabilities, against those of a frozen copy of where it started, are the reward.
 
     reward(y) = β log π(y|x) / π_ref(y|x)             log-probabilities are summed over the tokens of y
     loss      = -log σ(reward(y_w) - reward(y_l))     eq. 7; the mean over pairs
 
-Differs from the paper: AdamW in place of RMSprop. From the authors' code: prompt and answers are packed without
-padding, which changes no number. The relatives of DPO say at their line in `dpo_loss` where they come from.
+Differs from the paper: AdamW, not RMSprop. Differs from the authors' code: answers are packed, not padded,
+which changes no result. DPO's relatives are the other cases of `dpo_loss`, each with its source.
 
     python dpo.py                                     the built-in example, about a minute on a laptop
     torchrun --nproc_per_node 8 dpo.py --model_name_or_path Qwen/Qwen2-0.5B-Instruct \\
@@ -36,24 +36,12 @@ OF_THE_MARGIN = (
     "robust",
     "exo_pair",
     "discopop",
-)  # functions of z, which f-divergences redefine
-OF_REWARDS = (
-    "nca_pair",
-    "bco_pair",
-    "sppo_hard",
-    "apo_zero",
-    "apo_down",
-)  # not of the margin between them alone
+)  # functions of z: f-divergences redefine it
+OF_REWARDS = ("nca_pair", "bco_pair", "sppo_hard", "apo_zero", "apo_down")  # of both rewards, not only of z
 AVERAGED = ("ipo", "sigmoid_norm", "sft")  # of log-probabilities per token: sums divided by lengths
 WHOLE_BATCH = ("aot", "aot_unpaired", "aot_pair")  # they sort, so they need all pairs of the step at once
 LOSS_TYPES = OF_THE_MARGIN + OF_REWARDS + AVERAGED + WHOLE_BATCH
-SMOOTHED = (
-    "sigmoid",
-    "sigmoid_norm",
-    "robust",
-    "exo_pair",
-    *WHOLE_BATCH,
-)  # those that label_smoothing applies to
+SMOOTHED = ("sigmoid", "sigmoid_norm", "robust", "exo_pair", *WHOLE_BATCH)  # what label_smoothing applies to
 
 
 def dpo_loss(
@@ -70,112 +58,103 @@ def dpo_loss(
     discopop_tau: float = 0.05,
     bco_delta: float | Tensor = 0.0,
 ) -> Tensor:
-    """Losses (B,) of B pairs, from log-probabilities (B,) of whole completions under the policy and the reference.
+    """Losses (B,) of B pairs, from log-probabilities (B,) of their completions under policy and reference.
 
-    Log-probabilities are sums over a completion's tokens; for the loss types in AVERAGED the caller passes means.
-    The step minimises the mean of the losses. Raises ValueError for a loss type or an option that is not defined.
+    Log-probabilities are sums over the tokens of a completion; for loss types in AVERAGED the caller passes
+    means. Training minimises the mean of the losses. Raises ValueError for what is not defined.
     """
     if not beta > 0:
         raise ValueError(f"beta must be positive, not {beta}")
     if loss_type not in LOSS_TYPES:
         raise ValueError(f"unknown loss_type '{loss_type}'; known are {', '.join(LOSS_TYPES)}")
     if not 0 <= label_smoothing < 0.5 or (label_smoothing and loss_type not in SMOOTHED):
-        raise ValueError(f"label_smoothing is a share of wrong labels in [0, 0.5), for {', '.join(SMOOTHED)}")
+        raise ValueError(f"label_smoothing must be in [0, 0.5), and is for {', '.join(SMOOTHED)} only")
     if f_divergence_type != "reverse_kl" and loss_type not in OF_THE_MARGIN:
-        raise ValueError(
-            f"f_divergence_type {f_divergence_type} is defined for {', '.join(OF_THE_MARGIN)} only"
-        )
+        raise ValueError(f"f_divergence_type {f_divergence_type} is for {', '.join(OF_THE_MARGIN)} only")
 
     chosen = chosen_logps - ref_chosen_logps  # log π(y_w)/π_ref(y_w)
     rejected = rejected_logps - ref_rejected_logps  # log π(y_l)/π_ref(y_l)
-    margin = beta * f_margin(chosen, rejected, f_divergence_type, f_alpha_divergence_coef)
+    chosen_rewards, rejected_rewards = beta * chosen, beta * rejected
+    margins = beta * f_margin(chosen, rejected, f_divergence_type, f_alpha_divergence_coef)  # z in the papers
+
+    def classify(
+        margins: Tensor,
+    ) -> Tensor:  # logistic loss; smoothed, it is conservative DPO (cdpo.pdf eq. 3)
+        return -F.logsigmoid(margins) * (1 - label_smoothing) - F.logsigmoid(-margins) * label_smoothing
 
     match loss_type:
-        case (
-            "sigmoid" | "sigmoid_norm"
-        ):  # DPO, 2305.18290 eq. 7; smoothed: conservative DPO (ericmitchell.ai/cdpo.pdf)
-            return -F.logsigmoid(margin) * (1 - label_smoothing) - F.logsigmoid(-margin) * label_smoothing
-        case "hinge":  # RSO (2309.06657) and SLiC (2305.10425): a support vector machine on the same margin
-            return F.relu(1 - margin)
-        case "ipo":  # 2310.12036 eq. 17: regress the margin to 1/2β, rather than push it to infinity
+        case "sigmoid" | "sigmoid_norm":
+            # DPO, 2305.18290 eq. 7; length-normalised as in SimPO's appendix and Tülu 3
+            return classify(margins)
+        case "hinge":
+            # RSO (2309.06657), SLiC (2305.10425): a support vector machine on the same margin
+            return F.relu(1 - margins)
+        case "ipo":
+            # 2310.12036 eq. 17: take the margin to 1/2β, not to infinity
             return (chosen - rejected - 1 / (2 * beta)) ** 2
-        case "robust":  # 2403.00409: cDPO, made unbiased under a share of flipped labels; unbounded below
-            return -F.logsigmoid(margin) - label_smoothing / (1 - 2 * label_smoothing) * margin
-        case "exo_pair":  # 2402.00856 eq. 16: the reverse KL(q || (1-ε, ε)) of q = (σ(z), σ(-z))
+        case "robust":
+            # 2403.00409: conservative DPO made unbiased under a share ε of swapped labels; unbounded below
+            return -F.logsigmoid(margins) - label_smoothing / (1 - 2 * label_smoothing) * margins
+        case "exo_pair":
+            # 2402.00856 eq. 16: the divergence KL(q || p) of q = (σ(z), σ(-z)) from the labels p = (1-ε, ε)
             if label_smoothing == 0:
                 raise ValueError("exo_pair needs a label_smoothing above 0, such as 1e-3: it enters as log ε")
-            against_chosen = F.logsigmoid(margin) - math.log(1 - label_smoothing)
-            against_rejected = F.logsigmoid(-margin) - math.log(label_smoothing)
-            return margin.sigmoid() * against_chosen + (-margin).sigmoid() * against_rejected
-        case (
-            "discopop"
-        ):  # 2406.08414 eq. 5: a blend of logistic and exponential loss, found by a language model
-            blend = (-margin / discopop_tau).sigmoid()
-            exponential = (
-                -margin - F.softplus(-margin / discopop_tau)
-            ).exp()  # σ(z/τ) e^(-z), which cannot be 0·inf
-            return -blend * F.logsigmoid(margin) + exponential
-        case (
-            "nca_pair"
-        ):  # 2402.05369: each reward against zero, so that chosen answers do not become less likely
-            return (
-                -F.logsigmoid(beta * chosen)
-                - (F.logsigmoid(-beta * chosen) + F.logsigmoid(-beta * rejected)) / 2
-            )
-        case (
-            "bco_pair"
-        ):  # 2404.04656: a classifier of good and bad answers, its threshold δ the mean reward so far
-            return -F.logsigmoid(beta * chosen - bco_delta) - F.logsigmoid(bco_delta - beta * rejected)
-        case "sppo_hard":  # 2405.00675 eq. 4.7: the chosen log-ratio to 1/2β, the rejected one to -1/2β
+            to_chosen = F.logsigmoid(margins) - math.log(1 - label_smoothing)
+            to_rejected = F.logsigmoid(-margins) - math.log(label_smoothing)
+            return margins.sigmoid() * to_chosen + (-margins).sigmoid() * to_rejected
+        case "discopop":
+            # 2406.08414 eq. 5, found by a language model: logistic and exponential loss, blended by σ(z/τ).
+            # The second term is σ(z/τ) e^(-z), written so that it cannot be 0·inf.
+            logistic = -(-margins / discopop_tau).sigmoid() * F.logsigmoid(margins)
+            return logistic + (-margins - F.softplus(-margins / discopop_tau)).exp()
+        case "nca_pair":
+            # 2402.05369: each reward is also compared with 0, which keeps chosen answers likely
+            both = F.logsigmoid(-chosen_rewards) + F.logsigmoid(-rejected_rewards)
+            return -F.logsigmoid(chosen_rewards) - both / 2
+        case "bco_pair":
+            # 2404.04656: a classifier of good and bad answers; its threshold δ is the mean reward so far
+            return -F.logsigmoid(chosen_rewards - bco_delta) - F.logsigmoid(bco_delta - rejected_rewards)
+        case "sppo_hard":
+            # 2405.00675 eq. 4.7: take the chosen log-ratio to 1/2β, the rejected one to -1/2β
             return (chosen - 1 / (2 * beta)) ** 2 + (rejected + 1 / (2 * beta)) ** 2
-        case (
-            "apo_zero"
-        ):  # 2408.06266 eq. 7: chosen up, rejected down; for a policy that is worse than the chosen answers
-            return (-beta * chosen).sigmoid() + (beta * rejected).sigmoid()
-        case (
-            "apo_down"
-        ):  # 2408.06266 eq. 8: both down, rejected further; for a policy that is better than both
-            return (beta * chosen).sigmoid() + (-margin).sigmoid()
-        case (
-            "aot"
-        ):  # 2406.05882: the policy's sorted margins should exceed the reference's, quantile by quantile
-            margins = (chosen_logps - rejected_logps).sort().values - (
-                ref_chosen_logps - ref_rejected_logps
-            ).sort().values
-        case (
-            "aot_unpaired" | "aot_pair"
-        ):  # the same for rewards: those of all chosen against those of all rejected
-            margins = chosen.sort().values - rejected.sort().values
-        case "sft":  # plain imitation of the chosen answer, for weighted sums such as MPO (2411.10442)
+        case "apo_zero":
+            # 2408.06266 eq. 7: chosen up, rejected down; for when chosen answers are better than the policy's
+            return 1 - chosen_rewards.sigmoid() + rejected_rewards.sigmoid()
+        case "apo_down":
+            # 2408.06266 eq. 8: both down, rejected more; for when the policy's answers are better than both
+            return chosen_rewards.sigmoid() + 1 - margins.sigmoid()
+        case "aot":
+            # 2406.05882: the sorted margins of the policy should exceed those of the reference, rank by rank
+            policy, reference = chosen_logps - rejected_logps, ref_chosen_logps - ref_rejected_logps
+            return classify(beta * (policy.sort().values - reference.sort().values))
+        case "aot_unpaired" | "aot_pair":
+            # the sorted rewards of all chosen answers should exceed those of all rejected, rank by rank
+            return classify(beta * (chosen.sort().values - rejected.sort().values))
+        case "sft":
+            # imitation of the chosen answer, as a part of weighted sums such as MPO (2411.10442)
             return -chosen_logps
-    return (
-        -F.logsigmoid(beta * margins) * (1 - label_smoothing)
-        - F.logsigmoid(-beta * margins) * label_smoothing
-    )
 
 
 def f_margin(chosen: Tensor, rejected: Tensor, f_divergence_type: str, alpha: float) -> Tensor:
-    """f'(u_w) - f'(u_l), (B,), for u = π/π_ref = e^(log-ratio), all (B,): f-DPO, 2309.16240 table 1.
+    """f'(u_w) - f'(u_l), (B,), of u = π/π_ref, given log u_w and log u_l (B,): f-DPO, 2309.16240 table 1.
 
-    The usual DPO is the reverse KL divergence, with f' = log u. `alpha` is the paper's α, of the alpha divergence.
+    DPO itself is the reverse KL divergence, f' = log u. `alpha` is the paper's α, of the alpha divergence.
     """
     match f_divergence_type:
         case "reverse_kl":
             return chosen - rejected
         case "js_divergence":  # f' = log 2u/(1+u) = log 2 + log σ(log u)
             return F.logsigmoid(chosen) - F.logsigmoid(rejected)
-        case "forward_kl":  # f' = -1/u, the alpha divergence (up to a constant) at α = 1
+        case "forward_kl":  # f' = -1/u: but for a constant, the alpha divergence at α = 1
             return PowerDifference.apply(chosen, rejected, 1.0)
         case "alpha_divergence":  # f' = (1 - u^-α)/α
             return PowerDifference.apply(chosen, rejected, alpha)
-    raise ValueError(
-        f"unknown f_divergence_type '{f_divergence_type}'; "
-        "known are reverse_kl, js_divergence, forward_kl and alpha_divergence"
-    )
+    known = "reverse_kl, js_divergence, forward_kl, alpha_divergence"
+    raise ValueError(f"unknown f_divergence_type '{f_divergence_type}'; known are {known}")
 
 
 class PowerDifference(torch.autograd.Function):
-    """(e^(-αy) - e^(-αx))/α, (B,), of x, y (B,), where autograd of the plain formula gives inf - inf and 0·inf = NaN."""
+    """(e^(-αy) - e^(-αx))/α of x and y, all (B,): without inf - inf, and in the gradient without 0·inf."""
 
     @staticmethod
     def forward(ctx, x: Tensor, y: Tensor, alpha: float) -> Tensor:
@@ -183,21 +162,18 @@ class PowerDifference(torch.autograd.Function):
         ctx.alpha = alpha
         if alpha == 0:
             return x - y
-        # The larger of the exponentials factored out, and all in logs: it overflows only where the result does.
-        gap = -torch.expm1(-abs(alpha) * (x - y).abs())
+        # The larger exponential is factored out, all in logs: this overflows only where the result does.
         larger = torch.maximum(-alpha * x, -alpha * y)
+        gap = -torch.expm1(-abs(alpha) * (x - y).abs())
         return (x - y).sign() * (larger + gap.log() - math.log(abs(alpha))).exp()
 
     @staticmethod
-    def backward(ctx, grad: Tensor):
-        x, y = ctx.saved_tensors
-
-        def push(
-            t: Tensor,
-        ) -> Tensor:  # d/dt e^(-αt); a flat loss has no gradient, however steep the slope behind it
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        def times_slope(t: Tensor) -> Tensor:  # d/dt of -e^(-αt)/α; where the loss is flat, no slope matters
             return torch.where(grad == 0, grad, grad * (-ctx.alpha * t).exp())
 
-        return push(x), -push(y), None
+        x, y = ctx.saved_tensors
+        return times_slope(x), -times_slope(y), None
 
 
 # -------------------------------------------------------------------------------------------------- arguments
@@ -224,8 +200,8 @@ class Arguments(common.Arguments):
     ref_model_mixup_alpha: float = arg(0.6, "share of the policy in the updated reference")
 
 
-# The built-in example: a 336k-parameter character model that translates numbers (tests/toy). The smaller the model,
-# the larger the learning rate it takes.
+# The built-in example: a 336k-parameter character model that translates numbers (tests/toy). So small a model
+# takes a far larger learning rate than one of billions of parameters.
 TOY = dict(learning_rate=3e-5, max_steps=100, batch_size=32, per_device_train_batch_size=32)
 TOY |= dict(per_device_eval_batch_size=250, eval_prompts=500, max_new_tokens=64)
 
@@ -275,7 +251,7 @@ def losses_of(logps: Tensor, ref_logps: Tensor, loss_type: str, args: Arguments,
 
 
 def sum_logps(token_logps: Tensor, batch: Batch, args: Arguments) -> Tensor:
-    """(B, 2) log-probabilities of chosen and rejected: DPO sums over tokens, for its reward is the whole answer's."""
+    """Log-probabilities (B, 2) of chosen and rejected. DPO sums over tokens: rewards are of whole answers."""
     if args.ld_alpha is not None:  # LD-DPO counts the tokens that only the longer answer has for less
         shorter = batch.lengths.amin(1)[batch.owner // 2]  # (N,)
         token_logps = torch.where(batch.index < shorter, token_logps, args.ld_alpha * token_logps)
@@ -298,13 +274,11 @@ def gather_pairs(logps: Tensor) -> Tensor:
     return torch.cat([part.to(logps.device) for part in parts])
 
 
-def loss_and_metrics(
-    policy, reference, batch: Batch, args: Arguments, bco_delta: Tensor
-) -> tuple[Tensor, dict]:
+def loss_and_metrics(policy, reference, batch: Batch, args: Arguments, bco_delta) -> tuple[Tensor, dict]:
     """This micro-batch's part of the loss, and of the means of the metrics, of the whole global batch.
 
-    Parts are sums over pairs divided by the number of pairs in the global batch. So they add up, and neither loss
-    nor gradient depends on how the batch is split over processes and micro-batches.
+    Parts are sums over pairs divided by the number of pairs in the global batch. So they add up, and neither
+    loss nor gradient depends on how the batch is split over processes and micro-batches.
     """
     ref_logps = reference_logps(
         reference, batch, args
@@ -326,8 +300,8 @@ def loss_and_metrics(
             losses = losses_of(averages, ref_logps / batch.lengths, loss_type, args, bco_delta)
         elif loss_type in WHOLE_BATCH:
             losses = losses_of(gather_pairs(logps), gather_pairs(ref_logps), loss_type, args, bco_delta)
-            # Every process has all losses, each with the gradient of its own pairs: the gradients add up as they
-            # are, of the value each process counts its share.
+            # Every process has the losses of all pairs, with the gradient of its own: the gradients add up as
+            # they are; of the value, each process counts a share.
             losses = losses - losses.detach() * (1 - 1 / dist.get_world_size())
         else:
             losses = losses_of(logps, ref_logps, loss_type, args, bco_delta)
@@ -358,7 +332,7 @@ def loss_and_metrics(
 
 @torch.no_grad()
 def precompute(reference, pairs: Pairs, groups, size: int, path: Path, args: Arguments) -> Pairs:
-    """The pairs with the reference's log-probabilities of those in `groups`, kept at `path` for a run that goes on."""
+    """Pairs with the reference's log-probabilities of the rows in `groups`, kept at `path` for resuming."""
     if not path.exists():
         dtype = torch.promote_types(getattr(torch, args.dtype), torch.float32)
         logps = torch.zeros(len(pairs.rows), 2, dtype=dtype, device=reference.device)
@@ -374,9 +348,7 @@ def precompute(reference, pairs: Pairs, groups, size: int, path: Path, args: Arg
 
 
 @torch.no_grad()
-def evaluate(
-    policy, reference, tokenizer, test: Pairs, args: Arguments, log, step: int, bco_delta: Tensor
-) -> None:
+def evaluate(policy, reference, tokenizer, test: Pairs, args: Arguments, log, step: int, bco_delta) -> None:
     """The metrics of the test pairs, all of them as one global batch, and completions of test prompts."""
     for batch in common.micro_batches(test, by_length(test), args.per_device_eval_batch_size, policy.device):
         log.add(loss_and_metrics(policy, reference, batch, args, bco_delta)[1])
@@ -411,7 +383,7 @@ def main(args: Arguments) -> None:
     first_step = common.resume(args, policy, optimizer, extra)
 
     if args.precompute_ref_log_probs:
-        # In the batches of the first epoch: packed alike, its log-probabilities are rounded as the policy's are.
+        # In the batches of the first epoch: packed alike, they are rounded as the policy's are.
         first_epoch = batches[: len(train.rows) // args.batch_size]
         rest = np.setdiff1d(batches, first_epoch)
         groups = [*first_epoch, *np.split(rest, range(args.batch_size, len(rest), args.batch_size))]

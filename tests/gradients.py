@@ -19,8 +19,8 @@ CASES = {
         **{
             name: {"loss_type": [name]}
             for name in (
-                "sigmoid hinge ipo exo_pair nca_pair robust bco_pair sppo_hard aot aot_unpaired apo_zero apo_down "
-                "discopop sigmoid_norm sft"
+                "sigmoid hinge ipo exo_pair nca_pair robust bco_pair sppo_hard aot aot_unpaired apo_zero "
+                "apo_down discopop sigmoid_norm sft"
             ).split()
         },
         "several": {"loss_type": ["sigmoid", "aot", "sft"], "loss_weights": [1.0, 0.5, 0.2]},

@@ -17,7 +17,7 @@ SHAPES = {
 
 
 def by_hand(model, pairs) -> torch.Tensor:
-    """Log-probabilities of all completion tokens, each from a forward pass of its own prompt and completion."""
+    """Log-probabilities of all completion tokens, from a forward pass of each prompt and completion alone."""
     logps = []
     for prompt, *completions in pairs:
         for completion in completions:

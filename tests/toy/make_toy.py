@@ -1,6 +1,6 @@
 """Make the built-in example, machine translation in miniature: numbers to English words.
 
-python tests/toy/make_toy.py    # about 95 seconds on two CPU cores; it writes next to itself
+python tests/toy/make_toy.py    # about two and a half minutes on one CPU core; it writes next to itself
 
     sft/               a 336k-parameter character-level Llama and its tokenizer, trained on noisy translations
     pairs/train.jsonl  2,000 preference pairs: a perfect translation is chosen over an imperfect one
@@ -9,7 +9,7 @@ python tests/toy/make_toy.py    # about 95 seconds on two CPU cores; it writes n
 The translators that the model imitates are perfect 30% of the time, adequate 55% and wrong 15%. Imitation is
 thus capped: the model knows the perfect form but seldom says it. Preference optimization can close the gap,
 and since the truth is computable, how far it does so is measured, not judged. Every draw is seeded: the pairs
-are the same on every machine, the weights up to floating-point rounding.
+are the same on every machine, the weights on machines that round alike.
 """
 
 import json
@@ -105,8 +105,7 @@ def sft(tokenizer, steps: int = 1200, batch_size: int = 64, lr: float = 5e-3) ->
         chats = []
         for n in rng.choices(TRAIN, k=batch_size):
             answers = [perfect(n), adequate(n, rng), wrong(n, rng)]
-            answer = rng.choices(answers, weights=[0.30, 0.55, 0.15])[0]
-            chats.append(turn("user", n) + turn("assistant", answer))
+            chats.append(turn("user", n) + turn("assistant", rng.choices(answers, [0.30, 0.55, 0.15])[0]))
         ids = tokenizer.apply_chat_template(chats, padding=True, return_tensors="pt").input_ids  # (B, T)
         # The answer is what follows "="; its "</s>" is learned too, the padding is not.
         in_answer = (ids == tokenizer.convert_tokens_to_ids("=")).cumsum(1)[:, :-1] > 0
@@ -121,9 +120,8 @@ def sft(tokenizer, steps: int = 1200, batch_size: int = 64, lr: float = 5e-3) ->
 
 def translate(model: LlamaForCausalLM, tokenizer, numbers: list[int], **sampling) -> list[str]:
     """Generated answers. Prompts are padded on the left, so that every answer follows its "=" at once."""
-    chats = [turn("user", n) for n in numbers]
-    left = {"padding_side": "left"}
-    inputs = tokenizer.apply_chat_template(chats, padding=True, return_tensors="pt", tokenizer_kwargs=left)
+    padding = {"padding": True, "return_tensors": "pt", "tokenizer_kwargs": {"padding_side": "left"}}
+    inputs = tokenizer.apply_chat_template([turn("user", n) for n in numbers], **padding)
     ids = model.generate(**inputs, max_new_tokens=64, **sampling)
     return tokenizer.batch_decode(ids[:, inputs.input_ids.shape[1] :], skip_special_tokens=True)
 
@@ -135,6 +133,9 @@ def main() -> None:
         lines = [json.dumps(make_pair(n, rng)) + "\n" for n in numbers]
         (HERE / "pairs" / f"{split}.jsonl").write_text("".join(lines))
     torch.manual_seed(0)
+    torch.set_num_threads(
+        1
+    )  # more threads would add in another order, and training amplifies such differences
     tokenizer = make_tokenizer()
     model = sft(tokenizer)
     tokenizer.save_pretrained(HERE / "sft")
