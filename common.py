@@ -14,7 +14,7 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from datetime import timedelta
@@ -106,8 +106,8 @@ def fail(message: str) -> NoReturn:
     raise SystemExit(f"error: {message}" if int(os.environ.get("RANK", 0)) == 0 else 1)
 
 
-def parse(kind: type[Arguments], toy: dict) -> Arguments:
-    """The command line's arguments; given neither model nor dataset, those of the built-in example."""
+def parse(kind: type[Arguments], check: Callable[[Arguments], None], toy: dict) -> Arguments:
+    """The command line's arguments, checked; with neither model nor dataset, `toy` are the defaults."""
     parser = transformers.HfArgumentParser(kind, allow_abbrev=False)
     flags = {word.split("=")[0] for word in sys.argv[1:]}
     if not flags & {"--model_name_or_path", "--dataset_name"}:
@@ -121,6 +121,10 @@ def parse(kind: type[Arguments], toy: dict) -> Arguments:
     if not (args.model_name_or_path and args.dataset_name):
         fail("--model_name_or_path and --dataset_name go together (with neither, the built-in example runs)")
     args.output_dir = args.output_dir or f"output/{Path(sys.argv[0]).stem}"
+    try:
+        check(args)
+    except ValueError as error:
+        fail(str(error))
     return args
 
 
@@ -247,6 +251,11 @@ def adamw(model, args: Arguments) -> torch.optim.AdamW:
     return torch.optim.AdamW(model.parameters(), lr=args.learning_rate, fused=True, **options)
 
 
+def clip_grad_norm(model, max_norm: float) -> float:
+    """The norm of the whole gradient, over all processes, which is clipped to `max_norm`."""
+    return torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm).full_tensor().item()
+
+
 def balancing_loss(model):
     """The load-balancing loss of a mixture of experts, a function of router logits, if its config has it."""
     if not getattr(model.config, "output_router_logits", False):
@@ -259,7 +268,7 @@ def balancing_loss(model):
 
 
 class Pairs(NamedTuple):
-    """Preference pairs: token ids `prompt`, `chosen`, `rejected`, and the text `answer` if the data have it."""
+    """Preference pairs: token ids `prompt`, `chosen`, `rejected`, and `answer` if there is one."""
 
     rows: datasets.Dataset
     lengths: np.ndarray  # (n, 3) tokens of prompt, chosen, rejected
@@ -436,51 +445,62 @@ class Batch:
     ever a label and not in the row. T tokens in the row, N completion tokens, sequences of at most L tokens.
     """
 
-    input_ids: Tensor  # (1, T)
-    position_ids: Tensor  # (1, T); each completion goes on where its prompt ends
+    input_ids: Tensor  # (1, T) position_ids: Tensor  # (1, T); each completion goes on where its prompt ends
     labels: Tensor  # (N,) the completion tokens: of the first chosen, the first rejected, the next chosen ...
-    source: Tensor  # (N,) the place in the row whose hidden state predicts the label
-    owner: Tensor  # (N,) whose the label is: 2i of the chosen, 2i + 1 of the rejected completion of pair i
-    index: Tensor  # (N,) the label's index in its completion
-    sequences: Tensor  # (2B, L) places in the row of each prompt and completion, filled up with place 0
-    home: Tensor  # (T,) and back: where in the flattened sequences a token of the row is
-    lengths: Tensor  # (B, 2) tokens of chosen and rejected
-    rows: np.ndarray  # (B,) row numbers of the pairs
-    step_pairs: int  # pairs in the whole global batch, of which this is a part
-    step_tokens: tuple[int, int, int]  # tokens there, of all prompts, chosen and rejected
-    reference_logps: Tensor | None  # (B, 2), if computed before training
+    source: Tensor  # (N,) the place in the row whose hidden state predicts the label owner: Tensor  # (N,)
+    whose the label is: 2i of the chosen, 2i + 1 of the rejected completion of pair i index: Tensor  # (N,)
+    the label's index in its completion sequences: Tensor  # (2B, L) places in the row of each prompt and
+    completion, filled up with place 0 home: Tensor  # (T,) and back: where in the flattened sequences a token
+    of the row is lengths: Tensor  # (B, 2) tokens of chosen and rejected owners: int  # 2B, or 3B if the
+    tokens of prompts are scored: then N counts them, and 2B + i owns those of pair i rows: np.ndarray  # (B,)
+    row numbers of the pairs step_pairs: int  # pairs in the whole global batch, of which this is a part
+    step_tokens: tuple[int, int, int]  # tokens there, of all prompts, chosen and rejected reference_logps:
+    Tensor | None  # (B, 2), if computed before training
 
     def sum(self, token_values: Tensor) -> Tensor:
-        """(B, 2): sums of token values (N,) over each chosen and each rejected completion."""
-        rows = token_values.new_zeros(
-            self.lengths.numel(), self.sequences.shape[1]
-        )  # a sum over atomics would not be
-        return (
-            rows.index_put((self.owner, self.index), token_values).sum(1).view(-1, 2)
-        )  # the same twice on a GPU
+        """Sums (B, 2) of token values (N,) over each chosen and each rejected completion."""
+        return self.sum_by_owner(token_values)[: self.lengths.numel()].view(-1, 2)
+
+    def prompt_sum(self, token_values: Tensor) -> Tensor:
+        """Sums (B,) over each prompt, if they are scored."""
+        return self.sum_by_owner(token_values)[self.lengths.numel() :]
+
+    def sum_by_owner(self, token_values: Tensor) -> Tensor:
+        # Not index_add: on a GPU that adds in an order of its own, and no two runs would agree to the last
+        # bit.
+        rows = token_values.new_zeros(self.owners, self.sequences.shape[1])
+        return rows.index_put((self.owner, self.index), token_values).sum(1)
 
 
-def micro_batches(pairs: Pairs, rows: np.ndarray, size: int, device: torch.device) -> Iterator[Batch]:
+def micro_batches(pairs: Pairs, rows, size: int, device, *, score_prompts: bool = False) -> Iterator[Batch]:
     """This process's part of a global batch, `size` pairs at a time; equally many batches on all processes.
 
     An uneven end leaves some processes with a batch of no pairs: it contributes nothing, but keeps in step.
     """
     rank, world = dist.get_rank(), dist.get_world_size()
-    mine = rows[
-        rank::world
-    ]  # pairs next to each other are of similar length: every process gets its share of each
+    mine = rows[rank::world]  # neighbours are of similar length: every process gets some of each
+    step_tokens = tuple(pairs.lengths[rows].sum(0).tolist())
     for start in range(0, math.ceil(len(rows) / world), size):
         part = mine[start : start + size]
         columns = pairs.rows[part] if len(part) else {"prompt": [], "chosen": [], "rejected": []}
-        tensors = pack(list(zip(columns["prompt"], columns["chosen"], columns["rejected"], strict=True)))
-        tensors["reference_logps"] = None if pairs.reference_logps is None else pairs.reference_logps[part]
-        tensors = {k: None if v is None else torch.as_tensor(v).to(device) for k, v in tensors.items()}
+        tokens = list(zip(columns["prompt"], columns["chosen"], columns["rejected"], strict=True))
+        tensors = {
+            name: torch.from_numpy(array).to(device) for name, array in pack(tokens, score_prompts).items()
+        }
+        logps = pairs.reference_logps
+        logps = None if logps is None else torch.from_numpy(logps[part]).to(device)
+        owners = len(part) * (3 if score_prompts else 2)
         yield Batch(
-            **tensors, rows=part, step_pairs=len(rows), step_tokens=tuple(pairs.lengths[rows].sum(0).tolist())
+            **tensors,
+            owners=owners,
+            reference_logps=logps,
+            rows=part,
+            step_pairs=len(rows),
+            step_tokens=step_tokens,
         )
 
 
-def pack(pairs: list[tuple[list[int], ...]]) -> dict[str, np.ndarray]:
+def pack(pairs: list[tuple[list[int], ...]], score_prompts: bool = False) -> dict[str, np.ndarray]:
     """The arrays of a Batch, from the token ids (prompt, chosen, rejected) of each pair."""
     ids, positions, sequences, source = [], [], [], []
     end = 0  # of the row so far
@@ -503,15 +523,21 @@ def pack(pairs: list[tuple[list[int], ...]]) -> dict[str, np.ndarray]:
     home = np.empty(end, dtype=np.int64)
     for i, sequence in enumerate(sequences):
         home[sequence] = i * longest + np.arange(len(sequence))
-    lengths = np.array([len(y) for pair in pairs for y in pair[1:]], dtype=np.int64)
-    labels = [y for pair in pairs for y in pair[1:]]
+    labels, source = [y for pair in pairs for y in pair[1:]], source[: 2 * len(pairs)]
+    lengths = np.array([len(y) for y in labels], dtype=np.int64)
+    if score_prompts:  # all of a prompt but its first token, which nothing predicts
+        labels += [prompt[1:] for prompt, *_ in pairs]
+        source += [
+            sequence[: len(prompt) - 1] for (prompt, *_), sequence in zip(pairs, sequences[::2], strict=False)
+        ]
+    counts = [len(y) for y in labels]
     return {
         "input_ids": np.concatenate(ids).astype(np.int64)[None],
         "position_ids": np.concatenate(positions)[None],
         "labels": np.concatenate([*labels, []]).astype(np.int64),
-        "source": np.concatenate([*source[: len(labels)], []]).astype(np.int64),
-        "owner": np.arange(len(lengths)).repeat(lengths),
-        "index": np.concatenate([*map(np.arange, lengths), []]).astype(np.int64),
+        "source": np.concatenate([*source, []]).astype(np.int64),
+        "owner": np.arange(len(counts)).repeat(counts),
+        "index": np.concatenate([*map(np.arange, counts), []]).astype(np.int64),
         "sequences": np.stack([np.pad(sequence, (0, longest - len(sequence))) for sequence in sequences]),
         "home": home,
         "lengths": lengths.reshape(-1, 2),
@@ -630,7 +656,8 @@ def enable_packing(model) -> None:
         [draw(1, min(100, vocabulary), n).tolist() for n in lengths] for lengths in ((9, 7, 5), (2, 1, 12))
     ]
     arrays = {name: torch.from_numpy(array) for name, array in pack(pairs).items()}
-    batch = Batch(**arrays, rows=np.arange(2), step_pairs=2, step_tokens=(11, 8, 17), reference_logps=None)
+    counts = {"owners": 4, "step_pairs": 2, "step_tokens": (11, 8, 17)}
+    batch = Batch(**arrays, **counts, rows=np.arange(2), reference_logps=None)
     model.balancing_loss = balancing_loss(model)
     want, before = plain_score(model, batch).token_logps, model.config._attn_implementation
     try:

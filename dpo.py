@@ -75,7 +75,7 @@ def dpo_loss(
     chosen = chosen_logps - ref_chosen_logps  # log π(y_w)/π_ref(y_w)
     rejected = rejected_logps - ref_rejected_logps  # log π(y_l)/π_ref(y_l)
     chosen_rewards, rejected_rewards = beta * chosen, beta * rejected
-    margins = beta * f_margin(chosen, rejected, f_divergence_type, f_alpha_divergence_coef)  # z in the papers
+    margins = f_margin(chosen, rejected, beta, f_divergence_type, f_alpha_divergence_coef)  # z in the papers
 
     def classify(
         margins: Tensor,
@@ -135,45 +135,46 @@ def dpo_loss(
             return -chosen_logps
 
 
-def f_margin(chosen: Tensor, rejected: Tensor, f_divergence_type: str, alpha: float) -> Tensor:
-    """f'(u_w) - f'(u_l), (B,), of u = π/π_ref, given log u_w and log u_l (B,): f-DPO, 2309.16240 table 1.
+def f_margin(chosen: Tensor, rejected: Tensor, beta: float, f_divergence_type: str, alpha: float) -> Tensor:
+    """β (f'(u_w) - f'(u_l)), (B,), of u = π/π_ref, from log u_w and log u_l (B,): f-DPO, 2309.16240 table 1.
 
     DPO itself is the reverse KL divergence, f' = log u. `alpha` is the paper's α, of the alpha divergence.
     """
     match f_divergence_type:
         case "reverse_kl":
-            return chosen - rejected
+            return beta * (chosen - rejected)
         case "js_divergence":  # f' = log 2u/(1+u) = log 2 + log σ(log u)
-            return F.logsigmoid(chosen) - F.logsigmoid(rejected)
+            return beta * (F.logsigmoid(chosen) - F.logsigmoid(rejected))
         case "forward_kl":  # f' = -1/u: but for a constant, the alpha divergence at α = 1
-            return PowerDifference.apply(chosen, rejected, 1.0)
+            return PowerDifference.apply(chosen, rejected, 1.0, beta)
         case "alpha_divergence":  # f' = (1 - u^-α)/α
-            return PowerDifference.apply(chosen, rejected, alpha)
+            return PowerDifference.apply(chosen, rejected, alpha, beta)
     known = "reverse_kl, js_divergence, forward_kl, alpha_divergence"
     raise ValueError(f"unknown f_divergence_type '{f_divergence_type}'; known are {known}")
 
 
 class PowerDifference(torch.autograd.Function):
-    """(e^(-αy) - e^(-αx))/α of x and y, all (B,): without inf - inf, and in the gradient without 0·inf."""
+    """β (e^(-αy) - e^(-αx))/α of x and y, all (B,): without inf - inf, and in the gradient without 0·inf."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, y: Tensor, alpha: float) -> Tensor:
+    def forward(ctx, x: Tensor, y: Tensor, alpha: float, beta: float) -> Tensor:
         ctx.save_for_backward(x, y)
-        ctx.alpha = alpha
+        ctx.alpha, ctx.beta = alpha, beta
         if alpha == 0:
-            return x - y
-        # The larger exponential is factored out, all in logs: this overflows only where the result does.
+            return beta * (x - y)
+        # The larger exponential is factored out, all in logs; what overflows becomes the largest number.
         larger = torch.maximum(-alpha * x, -alpha * y)
         gap = -torch.expm1(-abs(alpha) * (x - y).abs())
-        return (x - y).sign() * (larger + gap.log() - math.log(abs(alpha))).exp()
+        size = (larger + gap.log() + math.log(beta / abs(alpha))).exp().clamp(max=torch.finfo(x.dtype).max)
+        return (x - y).sign() * size
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, None]:
-        def times_slope(t: Tensor) -> Tensor:  # d/dt of -e^(-αt)/α; where the loss is flat, no slope matters
-            return torch.where(grad == 0, grad, grad * (-ctx.alpha * t).exp())
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        def times_slope(t: Tensor) -> Tensor:  # d/dt of -β e^(-αt)/α, unless the loss is flat there
+            return torch.where(grad == 0, grad, grad * (math.log(ctx.beta) - ctx.alpha * t).exp())
 
         x, y = ctx.saved_tensors
-        return times_slope(x), -times_slope(y), None
+        return times_slope(x), -times_slope(y), None, None
 
 
 # -------------------------------------------------------------------------------------------------- arguments
@@ -362,10 +363,6 @@ def by_length(pairs: Pairs) -> np.ndarray:
 
 
 def main(args: Arguments) -> None:
-    try:
-        check(args)
-    except ValueError as error:
-        common.fail(str(error))
     rank, world, device = common.start(args)
     if world * args.per_device_train_batch_size < args.batch_size and {*args.loss_type} & {*WHOLE_BATCH}:
         common.fail(f"aot needs the batch at once: --per_device_train_batch_size {args.batch_size // world}")
@@ -373,7 +370,7 @@ def main(args: Arguments) -> None:
     train, test = common.load_pairs(args, tokenizer)
     batches = common.global_batches(
         train.lengths, args
-    )  # (steps, batch_size): the run, known to all processes
+    )  # (steps, batch_size): all of the run, on all processes
     policy = common.load_model(args.model_name_or_path, args, device, trainable=True)
     path = args.ref_model_name_or_path or args.model_name_or_path
     reference = common.load_model(path, args, device, trainable=False, compact=not args.sync_ref_model)
@@ -398,19 +395,15 @@ def main(args: Arguments) -> None:
     if test and first_step == 0:
         evaluate(policy, reference, tokenizer, test, args, log, 0, bco_delta)
     for step in range(first_step, len(batches)):
-        common.seed(
-            args.seed, step, rank
-        )  # beyond these and what checkpoints hold, a step depends on nothing
+        common.seed(args.seed, step, rank)  # what a step depends on, besides the state in checkpoints
         for group in optimizer.param_groups:
             group["lr"] = common.learning_rate(step, len(batches), args)
         for batch in common.micro_batches(train, batches[step], args.per_device_train_batch_size, device):
             loss, metrics = loss_and_metrics(policy, reference, batch, args, bco_delta)
             (loss * world).backward()  # fully_shard averages over processes, but these are parts of a sum
             log.add(metrics)
-        grad_norm = (
-            torch.nn.utils.clip_grad_norm_(policy.parameters(), args.max_grad_norm).full_tensor().item()
-        )
-        if math.isfinite(grad_norm):  # the same on all processes; else they skip the step
+        grad_norm = common.clip_grad_norm(policy, args.max_grad_norm)
+        if math.isfinite(grad_norm):  # it is the same on all processes; else all skip the step
             optimizer.step()
         optimizer.zero_grad()
 
@@ -427,13 +420,11 @@ def main(args: Arguments) -> None:
         if last or log.interrupted or done % args.save_steps == 0:
             common.save_checkpoint(args, policy, optimizer, done, extra)
         if log.interrupted:
-            common.leave(
-                f"interrupted after step {done}, which is saved: the same command goes on from there"
-            )
+            common.leave(f"interrupted after step {done}, which is saved; the same command goes on")
     common.save_model(args, policy, tokenizer)
     log.close()
     dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(common.parse(Arguments, TOY))
+    main(common.parse(Arguments, check, TOY))

@@ -71,9 +71,12 @@ def random_pairs(
     return [tuple(rng.integers(3, 61, rng.integers(low, high)).tolist() for _ in range(3)) for _ in range(n)]
 
 
-def batch_of(pairs) -> common.Batch:
-    arrays = {name: torch.from_numpy(array) for name, array in common.pack(pairs).items()}
+def batch_of(pairs, score_prompts: bool = False) -> common.Batch:
+    arrays = {name: torch.from_numpy(array) for name, array in common.pack(pairs, score_prompts).items()}
     tokens = tuple(sum(len(pair[i]) for pair in pairs) for i in range(3))
-    return common.Batch(
-        **arrays, rows=np.arange(len(pairs)), step_pairs=len(pairs), step_tokens=tokens, reference_logps=None
-    )
+    counts = {
+        "owners": len(pairs) * (3 if score_prompts else 2),
+        "step_pairs": len(pairs),
+        "step_tokens": tokens,
+    }
+    return common.Batch(**arrays, **counts, rows=np.arange(len(pairs)), reference_logps=None)

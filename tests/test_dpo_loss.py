@@ -169,6 +169,7 @@ NEAR = st.tuples(LOGPS, LOGPS, STEPS, STEPS).map(lambda t: (t[0] + t[2], t[1] + 
 @example((-1e-9, -5e4, -5e4, -1e-9), 10.0, 0.0, 2.0, 0.05, 0.0)  # z at its largest, or infinite
 @example((-5e4, -1e-9, -1e-9, -5e4), 10.0, 0.0, 2.0, 0.05, 0.0)
 @example((-5e4, -1e-9, -1e-9, -5e4), 10.0, 0.1, -2.0, 0.05, 0.0)
+@example((-12.0, -1.0, -1.0, -1.0), 1.0, 0.0, 1.0, 0.5, 0.0)  # z/τ past the threshold of F.softplus
 @example((-91.0, -91.0, -1.0, -1.0), 0.01, 0.0, 1.0, 0.05, 0.0)  # 1/u exceeds float32, β/u does not
 @example((-91.0, -2.0, -1.0, -1.0), 0.01, 0.0, 1.0, 0.05, 0.0)
 @example((-712.0, -712.0, -1.0, -1.0), 0.01, 0.0, 1.0, 0.05, 0.0)  # the same for float64

@@ -1,4 +1,4 @@
-"""The scripts as users run them, on the built-in example: resume, faults, export, what a run leaves behind."""
+"""The scripts as users run them, on the built-in example: resume, faults, export, what is left."""
 
 import json
 import os

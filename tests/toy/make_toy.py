@@ -133,9 +133,7 @@ def main() -> None:
         lines = [json.dumps(make_pair(n, rng)) + "\n" for n in numbers]
         (HERE / "pairs" / f"{split}.jsonl").write_text("".join(lines))
     torch.manual_seed(0)
-    torch.set_num_threads(
-        1
-    )  # more threads would add in another order, and training amplifies such differences
+    torch.set_num_threads(1)  # the order of additions, and so the weights, must not depend on the core count
     tokenizer = make_tokenizer()
     model = sft(tokenizer)
     tokenizer.save_pretrained(HERE / "sft")
