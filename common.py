@@ -272,10 +272,11 @@ class Pairs(NamedTuple):
 
     rows: datasets.Dataset
     lengths: np.ndarray  # (n, 3) tokens of prompt, chosen, rejected
+    score_prompts: bool = False  # whether batches have the tokens of prompts among their labels
     reference_logps: np.ndarray | None = None  # (n, 2) of chosen and rejected, if computed before training
 
 
-def load_pairs(args: Arguments, tokenizer) -> tuple[Pairs, Pairs | None]:
+def load_pairs(args: Arguments, tokenizer, *, score_prompts: bool = False) -> tuple[Pairs, Pairs | None]:
     """Training and test pairs; None for the latter if there is no such split or eval_strategy is "no".
 
     Columns are `prompt` (if none, it is what the completions share), `chosen`, `rejected`, each a text or a
@@ -293,7 +294,7 @@ def load_pairs(args: Arguments, tokenizer) -> tuple[Pairs, Pairs | None]:
         fail(f"cannot load the dataset {args.dataset_name}: {first_line(error)}")
     if args.dataset_train_split not in splits:
         fail(f"{args.dataset_name} has no split '{args.dataset_train_split}'; it has {', '.join(splits)}")
-    train = tokenize_pairs(splits[args.dataset_train_split], "training", args, tokenizer)
+    train = tokenize_pairs(splits[args.dataset_train_split], "training", args, tokenizer, score_prompts)
     prompt, chosen, rejected = (
         tokenizer.decode(train.rows[0][name]) for name in ("prompt", "chosen", "rejected")
     )
@@ -303,10 +304,10 @@ def load_pairs(args: Arguments, tokenizer) -> tuple[Pairs, Pairs | None]:
     if args.dataset_test_split not in splits:
         say(f"no evaluation: there is no split '{args.dataset_test_split}', only {', '.join(splits)}")
         return train, None
-    return train, tokenize_pairs(splits[args.dataset_test_split], "test", args, tokenizer)
+    return train, tokenize_pairs(splits[args.dataset_test_split], "test", args, tokenizer, score_prompts)
 
 
-def tokenize_pairs(raw: datasets.Dataset, name: str, args: Arguments, tokenizer) -> Pairs:
+def tokenize_pairs(raw: datasets.Dataset, name: str, args: Arguments, tokenizer, score_prompts) -> Pairs:
     """Pairs as token ids, less those that cannot be trained on; says how many, and why."""
     if missing := {"chosen", "rejected"} - {*raw.column_names}:
         fail(
@@ -338,7 +339,7 @@ def tokenize_pairs(raw: datasets.Dataset, name: str, args: Arguments, tokenizer)
     say(
         f"{len(kept)} {name} pairs: on average prompt, chosen, rejected have {lengths.mean(0).round()} tokens"
     )
-    return Pairs(rows.select(kept).remove_columns(["problem", "moved"]), lengths)
+    return Pairs(rows.select(kept).remove_columns(["problem", "moved"]), lengths, score_prompts)
 
 
 def tokenize_pair(row: dict, tokenizer, max_length: int) -> dict:
@@ -445,17 +446,20 @@ class Batch:
     ever a label and not in the row. T tokens in the row, N completion tokens, sequences of at most L tokens.
     """
 
-    input_ids: Tensor  # (1, T) position_ids: Tensor  # (1, T); each completion goes on where its prompt ends
+    input_ids: Tensor  # (1, T)
+    position_ids: Tensor  # (1, T); each completion goes on where its prompt ends
     labels: Tensor  # (N,) the completion tokens: of the first chosen, the first rejected, the next chosen ...
-    source: Tensor  # (N,) the place in the row whose hidden state predicts the label owner: Tensor  # (N,)
-    whose the label is: 2i of the chosen, 2i + 1 of the rejected completion of pair i index: Tensor  # (N,)
-    the label's index in its completion sequences: Tensor  # (2B, L) places in the row of each prompt and
-    completion, filled up with place 0 home: Tensor  # (T,) and back: where in the flattened sequences a token
-    of the row is lengths: Tensor  # (B, 2) tokens of chosen and rejected owners: int  # 2B, or 3B if the
-    tokens of prompts are scored: then N counts them, and 2B + i owns those of pair i rows: np.ndarray  # (B,)
-    row numbers of the pairs step_pairs: int  # pairs in the whole global batch, of which this is a part
-    step_tokens: tuple[int, int, int]  # tokens there, of all prompts, chosen and rejected reference_logps:
-    Tensor | None  # (B, 2), if computed before training
+    source: Tensor  # (N,) the place in the row whose hidden state predicts the label
+    owner: Tensor  # (N,) whose the label is: 2i of the chosen, 2i + 1 of the rejected completion of pair i
+    index: Tensor  # (N,) the label's index in its completion
+    owners: int  # 2B; 3B if prompts are scored, too: their tokens come last, 2B + i owns those of pair i
+    sequences: Tensor  # (2B, L) places in the row of each prompt and completion, filled up with place 0
+    home: Tensor  # (T,) and back: where in the flattened sequences a token of the row is
+    lengths: Tensor  # (B, 2) tokens of chosen and rejected
+    rows: np.ndarray  # (B,) row numbers of the pairs
+    step_pairs: int  # pairs in the whole global batch, of which this is a part
+    step_tokens: tuple[int, int, int]  # tokens there, of all prompts, chosen and rejected
+    reference_logps: Tensor | None = None  # (B, 2), if computed before training
 
     def sum(self, token_values: Tensor) -> Tensor:
         """Sums (B, 2) of token values (N,) over each chosen and each rejected completion."""
@@ -472,7 +476,7 @@ class Batch:
         return rows.index_put((self.owner, self.index), token_values).sum(1)
 
 
-def micro_batches(pairs: Pairs, rows, size: int, device, *, score_prompts: bool = False) -> Iterator[Batch]:
+def micro_batches(pairs: Pairs, rows: np.ndarray, size: int, device: torch.device) -> Iterator[Batch]:
     """This process's part of a global batch, `size` pairs at a time; equally many batches on all processes.
 
     An uneven end leaves some processes with a batch of no pairs: it contributes nothing, but keeps in step.
@@ -484,20 +488,12 @@ def micro_batches(pairs: Pairs, rows, size: int, device, *, score_prompts: bool 
         part = mine[start : start + size]
         columns = pairs.rows[part] if len(part) else {"prompt": [], "chosen": [], "rejected": []}
         tokens = list(zip(columns["prompt"], columns["chosen"], columns["rejected"], strict=True))
-        tensors = {
-            name: torch.from_numpy(array).to(device) for name, array in pack(tokens, score_prompts).items()
-        }
-        logps = pairs.reference_logps
-        logps = None if logps is None else torch.from_numpy(logps[part]).to(device)
-        owners = len(part) * (3 if score_prompts else 2)
-        yield Batch(
-            **tensors,
-            owners=owners,
-            reference_logps=logps,
-            rows=part,
-            step_pairs=len(rows),
-            step_tokens=step_tokens,
-        )
+        arrays = pack(tokens, pairs.score_prompts)
+        if pairs.reference_logps is not None:
+            arrays["reference_logps"] = pairs.reference_logps[part]
+        tensors = {name: torch.from_numpy(array).to(device) for name, array in arrays.items()}
+        owners = len(part) * (3 if pairs.score_prompts else 2)
+        yield Batch(**tensors, owners=owners, rows=part, step_pairs=len(rows), step_tokens=step_tokens)
 
 
 def pack(pairs: list[tuple[list[int], ...]], score_prompts: bool = False) -> dict[str, np.ndarray]:
@@ -657,7 +653,7 @@ def enable_packing(model) -> None:
     ]
     arrays = {name: torch.from_numpy(array) for name, array in pack(pairs).items()}
     counts = {"owners": 4, "step_pairs": 2, "step_tokens": (11, 8, 17)}
-    batch = Batch(**arrays, **counts, rows=np.arange(2), reference_logps=None)
+    batch = Batch(**arrays, **counts, rows=np.arange(2))
     model.balancing_loss = balancing_loss(model)
     want, before = plain_score(model, batch).token_logps, model.config._attn_implementation
     try:

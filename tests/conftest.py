@@ -79,4 +79,4 @@ def batch_of(pairs, score_prompts: bool = False) -> common.Batch:
         "step_pairs": len(pairs),
         "step_tokens": tokens,
     }
-    return common.Batch(**arrays, **counts, rows=np.arange(len(pairs)), reference_logps=None)
+    return common.Batch(**arrays, **counts, rows=np.arange(len(pairs)))

@@ -1,0 +1,208 @@
+"""AlphaPO: the shape of the reward matters (Gupta et al. 2025, https://arxiv.org/abs/2501.03884).
+
+A policy π learns to prefer the chosen answer y_w to the rejected answer y_l of a prompt x. There is no
+reference: the reward is a function of the policy's log-probability per token, t = log π(y|x) / |y|, and α
+bends that function.
+
+    r(t) = (1 - e^(-αt)) / α                           eq. 4; r(t) = t, so SimPO, at α = 0
+    loss = -log σ(β r(t_w) - β r(t_l) - γ)             the mean over pairs
+
+The slope r'(t) = e^(-αt) is what α is for. All t are below 0, and the less likely an answer the lower its t:
+
+    α > 0   It grows for unlikely answers, which are pushed hardest: rejected ones further down, but also a
+            chosen one that has become unlikely back up.
+    α = 0   It is 1: SimPO pushes all answers alike.
+    α < 0   It vanishes for unlikely answers, which are left alone: r stays between -1/|α| and 0.
+
+Differs from the paper: the margin of rewards stays finite where e^(-αt) overflows.
+
+    python alphapo.py                                 the built-in example, about a minute on a laptop
+    torchrun --nproc_per_node 8 alphapo.py --model_name_or_path Qwen/Qwen2-0.5B-Instruct \\
+        --dataset_name trl-lib/ultrafeedback_binarized --output_dir Qwen2-0.5B-AlphaPO
+"""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+import common
+from common import Batch, Pairs, arg
+
+# --------------------------------------------------------------------------------------------------- the loss
+
+
+def alphapo_loss(
+    chosen_logps: Tensor,
+    rejected_logps: Tensor,
+    *,
+    beta: float = 2.5,
+    gamma: float = 0.1,
+    alpha: float = 0.25,
+) -> Tensor:
+    """Losses (B,) of B pairs, from the policy's mean log-probabilities per token (B,) of their completions.
+
+    Training minimises the mean of the losses. Raises ValueError unless beta is positive. Source: eq. 4.
+    """
+    if not beta > 0:
+        raise ValueError(f"beta must be positive, not {beta}")
+    return -F.logsigmoid(PowerDifference.apply(chosen_logps, rejected_logps, alpha, beta) - gamma)
+
+
+class PowerDifference(torch.autograd.Function):
+    """β (e^(-αy) - e^(-αx))/α of x and y, all (B,): without inf - inf, and in the gradient without 0·inf."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, y: Tensor, alpha: float, beta: float) -> Tensor:
+        ctx.save_for_backward(x, y)
+        ctx.alpha, ctx.beta = alpha, beta
+        if alpha == 0:
+            return beta * (x - y)
+        # The larger exponential is factored out, all in logs; what overflows becomes the largest number.
+        larger = torch.maximum(-alpha * x, -alpha * y)
+        gap = -torch.expm1(-abs(alpha) * (x - y).abs())
+        size = (larger + gap.log() + math.log(beta / abs(alpha))).exp().clamp(max=torch.finfo(x.dtype).max)
+        return (x - y).sign() * size
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        def times_slope(t: Tensor) -> Tensor:  # d/dt of -β e^(-αt)/α, unless the loss is flat there
+            return torch.where(grad == 0, grad, grad * (math.log(ctx.beta) - ctx.alpha * t).exp())
+
+        x, y = ctx.saved_tensors
+        return times_slope(x), -times_slope(y), None, None
+
+
+def log_odds(logps: Tensor) -> Tensor:
+    """log p/(1-p) of p = e^logps, of any shape, for metrics: it has no safe gradient."""
+    return logps - torch.where(logps > -math.log(2), (-torch.expm1(logps)).log(), torch.log1p(-logps.exp()))
+
+
+# -------------------------------------------------------------------------------------------------- arguments
+
+
+@dataclass
+class Arguments(common.Arguments):
+    """AlphaPO's own arguments; those of all methods are in common.py."""
+
+    beta: float = arg(2.5, "scale of the reward")
+    gamma: float = arg(0.1, "target margin of the rewards")
+    alpha: float = arg(0.25, "shape of the reward; 0 is SimPO")
+
+
+# The built-in example: a 336k-parameter character model that translates numbers (tests/toy). So small a model
+# takes a far larger learning rate than one of billions of parameters.
+TOY = dict(learning_rate=3e-5, max_steps=100, batch_size=32, per_device_train_batch_size=32)
+TOY |= dict(per_device_eval_batch_size=250, eval_prompts=500, max_new_tokens=64)
+
+
+def check(args: Arguments) -> None:
+    """ValueError for what is not defined: alphapo_loss says it, before any work."""
+    alphapo_loss(torch.zeros(1), torch.zeros(1), beta=args.beta, gamma=args.gamma, alpha=args.alpha)
+
+
+# -------------------------------------------------------------------------------------------- one micro-batch
+
+
+def loss_and_metrics(policy, batch: Batch, args: Arguments) -> tuple[Tensor, dict]:
+    """This micro-batch's part of the loss, and of the means of the metrics, of the whole global batch.
+
+    Parts are sums over pairs divided by the number of pairs in the global batch. So they add up, and
+    neither loss nor gradient depends on how the batch is split over processes and micro-batches.
+    """
+    scores = policy.score(batch)
+    logps = batch.sum(scores.token_logps)  # (B, 2)
+    averages = logps / batch.lengths  # AlphaPO's reward is of the log-probability per token
+    losses = alphapo_loss(*averages.unbind(1), beta=args.beta, gamma=args.gamma, alpha=args.alpha)
+    loss = losses.sum() / batch.step_pairs
+
+    averages = averages.detach()
+    rewards = args.beta * (
+        -torch.expm1(-args.alpha * averages) / args.alpha if args.alpha else averages
+    )  # (B, 2)
+    log_odds_chosen = log_odds(averages[:, 0]) - log_odds(averages[:, 1])
+    sums = {
+        "rewards/chosen": rewards[:, 0].sum(),
+        "rewards/rejected": rewards[:, 1].sum(),
+        "rewards/accuracies": (rewards[:, 0] > rewards[:, 1]).sum(),
+        "rewards/margins": (rewards[:, 0] - rewards[:, 1]).sum(),
+        "logps/chosen": logps[:, 0].sum(),
+        "logps/rejected": logps[:, 1].sum(),
+        "log_odds_chosen": log_odds_chosen.sum(),
+        "log_odds_ratio": F.logsigmoid(log_odds_chosen).sum(),
+        "nll_loss": -averages[:, 0].sum(),
+    }
+    parts = {name: value / batch.step_pairs for name, value in sums.items()}
+    if (
+        policy.balancing_loss
+    ):  # of a mixture of experts; it is no sum over pairs: take the mean of micro-batches
+        parts["aux_loss"] = scores.aux_loss * len(batch.lengths) / batch.step_pairs
+        loss = loss + policy.config.router_aux_loss_coef * parts["aux_loss"]
+    return loss, {"loss": loss} | parts
+
+
+# --------------------------------------------------------------------------------------------------- training
+
+
+@torch.no_grad()
+def evaluate(policy, tokenizer, test: Pairs, args: Arguments, log, step: int) -> None:
+    """The metrics of the test pairs, all of them as one global batch, and completions of test prompts."""
+    for batch in common.micro_batches(test, by_length(test), args.per_device_eval_batch_size, policy.device):
+        log.add(loss_and_metrics(policy, batch, args)[1])
+    metrics, samples = common.complete(policy, tokenizer, test, args, step)
+    log.evaluation(step, log.means() | metrics, samples)
+
+
+def by_length(pairs: Pairs) -> np.ndarray:
+    """The row numbers, short pairs first, so that pairs of a micro-batch are alike."""
+    return pairs.lengths.sum(1).argsort(kind="stable")
+
+
+def main(args: Arguments) -> None:
+    rank, world, device = common.start(args)
+    tokenizer = common.load_tokenizer(args)
+    train, test = common.load_pairs(args, tokenizer)
+    batches = common.global_batches(
+        train.lengths, args
+    )  # (steps, batch_size): all of the run, on all processes
+    policy = common.load_model(args.model_name_or_path, args, device, trainable=True)
+    optimizer = common.adamw(policy, args)
+    first_step = common.resume(args, policy, optimizer, {})
+
+    log = common.Log(args, first_step, len(batches), len(train.rows), device)
+    if test and first_step == 0:
+        evaluate(policy, tokenizer, test, args, log, 0)
+    for step in range(first_step, len(batches)):
+        common.seed(args.seed, step, rank)  # what a step depends on, besides the state in checkpoints
+        for group in optimizer.param_groups:
+            group["lr"] = common.learning_rate(step, len(batches), args)
+        for batch in common.micro_batches(train, batches[step], args.per_device_train_batch_size, device):
+            loss, metrics = loss_and_metrics(policy, batch, args)
+            (loss * world).backward()  # fully_shard averages over processes, but these are parts of a sum
+            log.add(metrics)
+        grad_norm = common.clip_grad_norm(policy, args.max_grad_norm)
+        if math.isfinite(grad_norm):  # it is the same on all processes; else all skip the step
+            optimizer.step()
+        optimizer.zero_grad()
+
+        metrics = log.means()
+        log.step(step, metrics, grad_norm, group["lr"], train.lengths[batches[step]])
+
+        done, last = step + 1, step + 1 == len(batches)
+        if test and (last or (args.eval_steps and done % args.eval_steps == 0)):
+            evaluate(policy, tokenizer, test, args, log, done)
+        if last or log.interrupted or done % args.save_steps == 0:
+            common.save_checkpoint(args, policy, optimizer, done, {})
+        if log.interrupted:
+            common.leave(f"interrupted after step {done}, which is saved; the same command goes on")
+    common.save_model(args, policy, tokenizer)
+    log.close()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(common.parse(Arguments, check, TOY))
