@@ -119,6 +119,7 @@ def loss_and_metrics(policy, batch: Batch, args: Arguments) -> tuple[Tensor, dic
     averages = logps / batch.lengths  # AlphaPO's reward is of the log-probability per token
     losses = alphapo_loss(*averages.unbind(1), beta=args.beta, gamma=args.gamma, alpha=args.alpha)
     loss = losses.sum() / batch.step_pairs
+    nll_loss = -logps[:, 0].detach().sum() / batch.step_tokens[1]  # to watch: it is not in the loss
 
     averages = averages.detach()
     rewards = args.beta * (
@@ -134,7 +135,6 @@ def loss_and_metrics(policy, batch: Batch, args: Arguments) -> tuple[Tensor, dic
         "logps/rejected": logps[:, 1].sum(),
         "log_odds_chosen": log_odds_chosen.sum(),
         "log_odds_ratio": F.logsigmoid(log_odds_chosen).sum(),
-        "nll_loss": -averages[:, 0].sum(),
     }
     parts = {name: value / batch.step_pairs for name, value in sums.items()}
     if (
@@ -142,7 +142,7 @@ def loss_and_metrics(policy, batch: Batch, args: Arguments) -> tuple[Tensor, dic
     ):  # of a mixture of experts; it is no sum over pairs: take the mean of micro-batches
         parts["aux_loss"] = scores.aux_loss * len(batch.lengths) / batch.step_pairs
         loss = loss + policy.config.router_aux_loss_coef * parts["aux_loss"]
-    return loss, {"loss": loss} | parts
+    return loss, {"loss": loss, "nll_loss": nll_loss} | parts
 
 
 # --------------------------------------------------------------------------------------------------- training

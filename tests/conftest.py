@@ -56,9 +56,9 @@ def exact(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
 
 
-def tiny(kind: str, **changes) -> torch.nn.Module:
+def tiny(kind: str, seed: int = 0, **changes) -> torch.nn.Module:
     config = CONFIG_MAPPING[kind](**{**ARCHITECTURES[kind], "initializer_range": 0.2, **changes})
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     return AutoModelForCausalLM.from_config(
         config, dtype=torch.float64, experts_implementation="eager"
     ).train()
