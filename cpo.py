@@ -125,7 +125,7 @@ DEFAULTS = {
 }
 # The built-in example: a 336k-parameter character model that translates numbers (tests/toy). So small a model
 # takes a far larger learning rate than one of billions of parameters.
-TOY = dict(learning_rate=3e-4, max_steps=100, batch_size=32, per_device_train_batch_size=32)
+TOY = dict(learning_rate=5e-4, max_steps=100, batch_size=32, per_device_train_batch_size=32)
 TOY |= dict(per_device_eval_batch_size=250, eval_prompts=500, max_new_tokens=64)
 
 
