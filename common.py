@@ -233,16 +233,20 @@ def load_model(path: str, args: Arguments, device: torch.device, *, trainable: b
         for parameter in model.parameters():
             parameter.data = parameter.data.to(torch.bfloat16)
 
-    # Every decoder layer is gathered when it computes and freed after. Embedding, last norm and head are the
-    # root's: the policy's stays gathered until its backward pass is done; the reference has none.
+    # The policy's embedding and head stay gathered until its backward pass is done; the reference has none.
+    model = shard(model, args, device, reshard_after_forward=not trainable)
+    model.score = MethodType(score, model)
+    register_fsdp_forward_method(model, "score")
+    return model
+
+
+def shard(model, args: Arguments, device: torch.device, *, reshard_after_forward: bool):
+    """Spread a model over all processes: a decoder layer is gathered while it computes, the rest for all."""
     mesh = dist.init_device_mesh(device.type, (dist.get_world_size(),))
     precision = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if args.bf16 else MixedPrecisionPolicy()
     for layer in [m for m in model.modules() if type(m).__name__ in (model._no_split_modules or ())]:
         fully_shard(layer, mesh=mesh, mp_policy=precision)
-    fully_shard(model, mesh=mesh, mp_policy=precision, reshard_after_forward=not trainable)
-    model.score = MethodType(score, model)
-    register_fsdp_forward_method(model, "score")
-    return model
+    return fully_shard(model, mesh=mesh, mp_policy=precision, reshard_after_forward=reshard_after_forward)
 
 
 def adamw(model, args: Arguments) -> torch.optim.AdamW:
@@ -268,7 +272,7 @@ def balancing_loss(model):
 
 
 class Pairs(NamedTuple):
-    """Preference pairs: token ids `prompt`, `chosen`, `rejected`, and `answer` if there is one."""
+    """Preference pairs: token ids `prompt`, `chosen`, `rejected`, and `answer` if the dataset has it."""
 
     rows: datasets.Dataset
     lengths: np.ndarray  # (n, 3) tokens of prompt, chosen, rejected
@@ -276,12 +280,12 @@ class Pairs(NamedTuple):
     reference_logps: np.ndarray | None = None  # (n, 2) of chosen and rejected, if computed before training
 
 
-def load_pairs(args: Arguments, tokenizer, *, score_prompts: bool = False) -> tuple[Pairs, Pairs | None]:
+def load_pairs(args: Arguments, tokenizer, **options) -> tuple[Pairs, Pairs | None]:
     """Training and test pairs; None for the latter if there is no such split or eval_strategy is "no".
 
     Columns are `prompt` (if none, it is what the completions share), `chosen`, `rejected`, each a text or a
     list of messages for the chat template, and optionally `answer`, a text to compare the policy's own
-    completions with.
+    completions with. The options are those of tokenize_pairs.
     """
     path = Path(args.dataset_name)
     kind = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}.get(path.suffix)
@@ -294,52 +298,64 @@ def load_pairs(args: Arguments, tokenizer, *, score_prompts: bool = False) -> tu
         fail(f"cannot load the dataset {args.dataset_name}: {first_line(error)}")
     if args.dataset_train_split not in splits:
         fail(f"{args.dataset_name} has no split '{args.dataset_train_split}'; it has {', '.join(splits)}")
-    train = tokenize_pairs(splits[args.dataset_train_split], "training", args, tokenizer, score_prompts)
-    prompt, chosen, rejected = (
-        tokenizer.decode(train.rows[0][name]) for name in ("prompt", "chosen", "rejected")
-    )
-    say(f"first pair, completions marked: {prompt}【{chosen}】 is preferred to 【{rejected}】")
+    train = tokenize_pairs(splits[args.dataset_train_split], "training", args, tokenizer, **options)
     if args.eval_strategy == "no":
         return train, None
     if args.dataset_test_split not in splits:
         say(f"no evaluation: there is no split '{args.dataset_test_split}', only {', '.join(splits)}")
         return train, None
-    return train, tokenize_pairs(splits[args.dataset_test_split], "test", args, tokenizer, score_prompts)
+    return train, tokenize_pairs(splits[args.dataset_test_split], "test", args, tokenizer, **options)
 
 
-def tokenize_pairs(raw: datasets.Dataset, name: str, args: Arguments, tokenizer, score_prompts) -> Pairs:
-    """Pairs as token ids, less those that cannot be trained on; says how many, and why."""
-    if missing := {"chosen", "rejected"} - {*raw.column_names}:
-        fail(
-            f"the {name} pairs have no {' and no '.join(sorted(missing))}, only {', '.join(raw.column_names)}"
-        )
-    if len(raw) and isinstance(raw[0]["chosen"], list) and not tokenizer.chat_template:
-        fail("the pairs are conversations, but the tokenizer has no chat template")
+def tokenize_pairs(
+    raw: datasets.Dataset,
+    name: str,
+    args: Arguments,
+    tokenizer,
+    *,
+    tokenize=None,
+    score_prompts: bool = False,
+) -> Pairs:
+    """Rows as token ids, by tokenize_pair or `tokenize`, less those that cannot be used; says why."""
+    tokenize, found = tokenize or tokenize_pair, raw.column_names
+    if not {"chosen", "rejected"} <= {*found} and (tokenize is tokenize_pair or "prompt" not in found):
+        fail(f"the {name} data need columns chosen and rejected (or prompt for XPO), not {', '.join(found)}")
+    if (
+        len(raw)
+        and not tokenizer.chat_template
+        and any(isinstance(raw[0].get(c), list) for c in ("prompt", "chosen"))
+    ):
+        fail("the data are conversations, but the tokenizer has no chat template")
     first_here = int(os.environ.get("LOCAL_RANK", 0)) == 0
     if not first_here:  # wait for the first process of this machine, then find its work in the cache
         dist.barrier()
     options = {"tokenizer": tokenizer, "max_length": args.max_length}
-    columns = [column for column in raw.column_names if column != "answer"]
-    rows = raw.map(
-        tokenize_pair, False, fn_kwargs=options, remove_columns=columns, num_proc=args.dataset_num_proc
-    )
+    columns = [column for column in found if column != "answer"]
+    rows = raw.map(tokenize, fn_kwargs=options, remove_columns=columns, num_proc=args.dataset_num_proc)
     if first_here:
         dist.barrier()
 
     problems = np.array(rows["problem"])
     for problem, count in zip(*np.unique(problems[problems != ""], return_counts=True), strict=True):
-        say(f"{count} of {len(raw)} {name} pairs dropped: {problem}")
+        say(f"{count} of {len(raw)} {name} rows dropped: {problem}")
     if moved := sum(rows["moved"]):
-        say(f"in {moved} {name} pairs a token spans prompt and completion: it counts as completion")
+        say(f"in {moved} {name} rows a token spans prompt and completion: it counts as completion")
     kept = np.flatnonzero(problems == "")
     if not len(kept):
-        fail(f"no {name} pairs are left")
-    lengths = [pc.list_value_length(rows.data[c]).to_numpy() for c in ("prompt", "chosen", "rejected")]
-    lengths = np.stack(lengths, axis=1)[kept]
-    say(
-        f"{len(kept)} {name} pairs: on average prompt, chosen, rejected have {lengths.mean(0).round()} tokens"
+        fail(f"no {name} rows are left")
+    parts = ("prompt", "chosen", "rejected")
+    lengths = np.stack([pc.list_value_length(rows.data[part]).to_numpy() for part in parts], axis=1)[kept]
+    rows = rows.select(kept).remove_columns(["problem", "moved"])
+    means = ", ".join(
+        f"{mean:.0f} in {part}" for part, mean in zip(parts, lengths.mean(0), strict=True) if mean
     )
-    return Pairs(rows.select(kept).remove_columns(["problem", "moved"]), lengths, score_prompts)
+    say(f"{len(rows)} {name} rows; tokens on average: {means}")
+    if name == "training":
+        say(
+            "the first: "
+            + " ".join(f"{part}【{tokenizer.decode(rows[0][part])}】" for part in parts if rows[0][part])
+        )
+    return Pairs(rows, lengths, score_prompts)
 
 
 def tokenize_pair(row: dict, tokenizer, max_length: int) -> dict:
@@ -456,9 +472,9 @@ class Batch:
     sequences: Tensor  # (2B, L) places in the row of each prompt and completion, filled up with place 0
     home: Tensor  # (T,) and back: where in the flattened sequences a token of the row is
     lengths: Tensor  # (B, 2) tokens of chosen and rejected
-    rows: np.ndarray  # (B,) row numbers of the pairs
     step_pairs: int  # pairs in the whole global batch, of which this is a part
-    step_tokens: tuple[int, int, int]  # tokens there, of all prompts, chosen and rejected
+    step_tokens: tuple[int, int, int] | None = None  # tokens there, of all prompts, chosen and rejected
+    rows: np.ndarray | None = None  # (B,) row numbers of the pairs
     reference_logps: Tensor | None = None  # (B, 2), if computed before training
 
     def sum(self, token_values: Tensor) -> Tensor:
@@ -483,17 +499,21 @@ def micro_batches(pairs: Pairs, rows: np.ndarray, size: int, device: torch.devic
     """
     rank, world = dist.get_rank(), dist.get_world_size()
     mine = rows[rank::world]  # neighbours are of similar length: every process gets some of each
-    step_tokens = tuple(pairs.lengths[rows].sum(0).tolist())
+    counts = {"step_pairs": len(rows), "step_tokens": tuple(pairs.lengths[rows].sum(0).tolist())}
     for start in range(0, math.ceil(len(rows) / world), size):
         part = mine[start : start + size]
         columns = pairs.rows[part] if len(part) else {"prompt": [], "chosen": [], "rejected": []}
         tokens = list(zip(columns["prompt"], columns["chosen"], columns["rejected"], strict=True))
-        arrays = pack(tokens, pairs.score_prompts)
+        batch = make_batch(tokens, device, score_prompts=pairs.score_prompts, rows=part, **counts)
         if pairs.reference_logps is not None:
-            arrays["reference_logps"] = pairs.reference_logps[part]
-        tensors = {name: torch.from_numpy(array).to(device) for name, array in arrays.items()}
-        owners = len(part) * (3 if pairs.score_prompts else 2)
-        yield Batch(**tensors, owners=owners, rows=part, step_pairs=len(rows), step_tokens=step_tokens)
+            batch.reference_logps = torch.from_numpy(pairs.reference_logps[part]).to(device)
+        yield batch
+
+
+def make_batch(pairs: list, device: torch.device, *, score_prompts: bool = False, **counts) -> Batch:
+    """A Batch of pairs (prompt, chosen, rejected) of token ids."""
+    tensors = {name: torch.from_numpy(array).to(device) for name, array in pack(pairs, score_prompts).items()}
+    return Batch(**tensors, owners=len(pairs) * (3 if score_prompts else 2), **counts)
 
 
 def pack(pairs: list[tuple[list[int], ...]], score_prompts: bool = False) -> dict[str, np.ndarray]:
@@ -651,9 +671,7 @@ def enable_packing(model) -> None:
     pairs = [
         [draw(1, min(100, vocabulary), n).tolist() for n in lengths] for lengths in ((9, 7, 5), (2, 1, 12))
     ]
-    arrays = {name: torch.from_numpy(array) for name, array in pack(pairs).items()}
-    counts = {"owners": 4, "step_pairs": 2, "step_tokens": (11, 8, 17)}
-    batch = Batch(**arrays, **counts, rows=np.arange(2))
+    batch = make_batch(pairs, model.device, step_pairs=2)
     model.balancing_loss = balancing_loss(model)
     want, before = plain_score(model, batch).token_logps, model.config._attn_implementation
     try:
@@ -697,12 +715,18 @@ def gathered(model, args: Arguments) -> Iterator[bool]:
             part.reshard()
 
 
+def eos_ids(model, tokenizer) -> list[int]:
+    """The tokens that end a completion, from the checkpoint's generation config or else the tokenizer."""
+    eos = model.generation_config.eos_token_id
+    eos = tokenizer.eos_token_id if eos is None else eos
+    return eos if isinstance(eos, list) else [eos]
+
+
 @torch.no_grad()
 def generate(model, tokenizer, prompts: list[list[int]], args: Arguments, **sampling) -> list[list[int]]:
     """One completion (token ids, ending in EOS unless cut off) per prompt; `sampling` as for generate()."""
     was_training, config = model.training, model.generation_config
-    eos = config.eos_token_id if config.eos_token_id is not None else tokenizer.eos_token_id
-    eos = eos if isinstance(eos, list) else [eos]
+    eos = eos_ids(model, tokenizer)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else eos[0]
     # A fresh configuration: the checkpoint's temperature, top-k and so on must not change the distribution.
     model.generation_config = transformers.GenerationConfig(
@@ -731,39 +755,38 @@ def generate(model, tokenizer, prompts: list[list[int]], args: Arguments, **samp
     return completions
 
 
-def complete(policy, tokenizer, test: Pairs | None, args: Arguments, step: int) -> tuple[dict, list[dict]]:
+def complete(policy, tokenizer, test: Pairs, args: Arguments, step: int) -> tuple[dict, list[dict]]:
     """Complete held-out prompts, greedily and by sampling; (metrics, samples), the same on every process.
 
     The metrics are the exact match of both with the dataset's `answer`, where it has one.
     """
-    count = 0 if test is None else min(args.eval_prompts, len(test.rows))
+    rank, world = dist.get_rank(), dist.get_world_size()
+    count = min(args.eval_prompts, len(test.rows)) // world * world  # equally many on all processes
     if not count:
         return {}, []
-    rank, world = dist.get_rank(), dist.get_world_size()
-    mine = [
-        i % count for i in range(rank, math.ceil(count / world) * world, world)
-    ]  # equally many on all processes
-    rows = test.rows[mine]
+    rows = test.rows[range(rank, count, world)]
     seed(args.seed, step, rank)
     greedy = generate(policy, tokenizer, rows["prompt"], args, do_sample=False)
     sampled = generate(policy, tokenizer, rows["prompt"], args, do_sample=True, temperature=1.0, top_k=0)
-    texts = [
-        tokenizer.batch_decode(part, skip_special_tokens=True) for part in (rows["prompt"], greedy, sampled)
-    ]
-    answers = {"answer": rows["answer"]} if "answer" in rows else {}
-    columns = {"prompt": texts[0], "greedy": texts[1], "sampled": texts[2], **answers}
-    parts = [None] * world
-    dist.all_gather_object(
-        parts, [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+    columns = {"step": [step] * len(greedy), "prompt": rows["prompt"], "greedy": greedy, "sampled": sampled}
+    for name in ("prompt", "greedy", "sampled"):
+        columns[name] = tokenizer.batch_decode(columns[name], skip_special_tokens=True)
+    columns |= {"answer": rows["answer"]} if "answer" in rows else {}
+    samples = gather_rows(
+        [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
     )
-    samples = [{"step": step, **parts[i % world][i // world]} for i in range(count)]
-    if not answers:
+    if "answer" not in rows:
         return {}, samples
+    names = {"exact_match": "greedy", "exact_match_sampled": "sampled"}
+    right = [[s[kind].strip() == s["answer"].strip() for s in samples] for kind in names.values()]
+    return {name: sum(matches) / count for name, matches in zip(names, right, strict=True)}, samples
 
-    def exact_match(kind: str) -> float:
-        return sum(sample[kind].strip() == sample["answer"].strip() for sample in samples) / count
 
-    return {"exact_match": exact_match("greedy"), "exact_match_sampled": exact_match("sampled")}, samples
+def gather_rows(mine: list) -> list:
+    """Rows in order, of which each process has every world-th from its rank on, as many as the others."""
+    parts = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, mine)
+    return [row for rows in zip(*parts, strict=True) for row in rows]
 
 
 # -------------------------------------------------------------------------------------------------------- log
@@ -823,15 +846,14 @@ class Log:
         return metrics
 
     def step(
-        self, step: int, metrics: dict[str, float], grad_norm: float, lr: float, lengths: np.ndarray
+        self, step: int, metrics: dict[str, float], grad_norm: float, lr: float, pairs: int, tokens: int
     ) -> None:
-        """Write the metrics of a step, on pairs of these lengths (B, 3)."""
+        """Write the metrics of a step, on so many pairs and tokens in all."""
         seconds, self.time = time.perf_counter() - self.time, time.perf_counter()
-        pairs = len(lengths)
         self.skipped = 0 if math.isfinite(grad_norm) else self.skipped + 1
         metrics |= {"grad_norm": grad_norm, "skipped": float(self.skipped > 0), "learning_rate": lr}
         metrics |= {"epoch": (step + 1) * pairs / self.pairs, "pairs_per_second": pairs / seconds}
-        metrics |= {"tokens_per_second": lengths.sum() / seconds, "peak_memory_gib": peak_memory(self.device)}
+        metrics |= {"tokens_per_second": float(tokens / seconds), "peak_memory_gib": peak_memory(self.device)}
         self.write(step + 1, metrics)
         shown = {"loss": "loss", "margin": "rewards/margins", "accuracy": "rewards/accuracies"}
         shown = {short: f"{metrics[name]:.3g}" for short, name in shown.items() if name in metrics}
@@ -848,7 +870,7 @@ class Log:
         self.write(step, metrics)
         self.report(step, metrics)
         for sample in samples[:3]:
-            say(f"  {sample['prompt']!r} greedy: {sample['greedy']!r} sampled: {sample['sampled']!r}")
+            say("    " + "  ".join(f"{name} {value!r}" for name, value in sample.items() if name != "step"))
         if self.main:
             self.completions.writelines(json.dumps(sample) + "\n" for sample in samples)
         self.time = time.perf_counter()

@@ -231,7 +231,8 @@ def main(args: Arguments) -> None:
         optimizer.zero_grad()
 
         metrics = log.means()
-        log.step(step, metrics, grad_norm, group["lr"], train.lengths[batches[step]])
+        tokens = train.lengths[batches[step]].sum()
+        log.step(step, metrics, grad_norm, group["lr"], args.batch_size, tokens)
 
         done, last = step + 1, step + 1 == len(batches)
         if test and (last or (args.eval_steps and done % args.eval_steps == 0)):

@@ -412,7 +412,8 @@ def main(args: Arguments) -> None:
         if args.sync_ref_model and (step + 1) % args.ref_model_sync_steps == 0:
             for old, new in zip(reference.parameters(), policy.parameters(), strict=True):
                 old.data.lerp_(new.data, args.ref_model_mixup_alpha)
-        log.step(step, metrics, grad_norm, group["lr"], train.lengths[batches[step]])
+        tokens = train.lengths[batches[step]].sum()
+        log.step(step, metrics, grad_norm, group["lr"], args.batch_size, tokens)
 
         done, last = step + 1, step + 1 == len(batches)
         if test and (last or (args.eval_steps and done % args.eval_steps == 0)):

@@ -72,11 +72,9 @@ def random_pairs(
 
 
 def batch_of(pairs, score_prompts: bool = False) -> common.Batch:
-    arrays = {name: torch.from_numpy(array) for name, array in common.pack(pairs, score_prompts).items()}
-    tokens = tuple(sum(len(pair[i]) for pair in pairs) for i in range(3))
     counts = {
-        "owners": len(pairs) * (3 if score_prompts else 2),
         "step_pairs": len(pairs),
-        "step_tokens": tokens,
+        "step_tokens": tuple(sum(len(pair[i]) for pair in pairs) for i in range(3)),
     }
-    return common.Batch(**arrays, **counts, rows=np.arange(len(pairs)))
+    rows = np.arange(len(pairs))
+    return common.make_batch(pairs, torch.device("cpu"), score_prompts=score_prompts, rows=rows, **counts)
