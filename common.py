@@ -308,23 +308,14 @@ def load_pairs(args: Arguments, tokenizer, **options) -> tuple[Pairs, Pairs | No
 
 
 def tokenize_pairs(
-    raw: datasets.Dataset,
-    name: str,
-    args: Arguments,
-    tokenizer,
-    *,
-    tokenize=None,
-    score_prompts: bool = False,
+    raw, name: str, args: Arguments, tokenizer, *, tokenize=None, score_prompts=False
 ) -> Pairs:
     """Rows as token ids, by tokenize_pair or `tokenize`, less those that cannot be used; says why."""
     tokenize, found = tokenize or tokenize_pair, raw.column_names
     if not {"chosen", "rejected"} <= {*found} and (tokenize is tokenize_pair or "prompt" not in found):
         fail(f"the {name} data need columns chosen and rejected (or prompt for XPO), not {', '.join(found)}")
-    if (
-        len(raw)
-        and not tokenizer.chat_template
-        and any(isinstance(raw[0].get(c), list) for c in ("prompt", "chosen"))
-    ):
+    first = raw[0] if len(raw) else {}
+    if any(isinstance(first.get(c), list) for c in ("prompt", "chosen")) and not tokenizer.chat_template:
         fail("the data are conversations, but the tokenizer has no chat template")
     first_here = int(os.environ.get("LOCAL_RANK", 0)) == 0
     if not first_here:  # wait for the first process of this machine, then find its work in the cache
@@ -418,11 +409,8 @@ def encode(tokenizer, prompt: str | list[dict], completion: str | list[dict] | N
     if isinstance(prompt, list):
         messages = [{k: v for k, v in m.items() if v is not None} for m in prompt + (completion or [])]
         goes_on = completion is None and messages[-1]["role"] == "assistant"
-        asks = {
-            "add_generation_prompt": completion is None and not goes_on,
-            "continue_final_message": goes_on,
-        }
-        return tokenizer.apply_chat_template(messages, return_dict=False, **asks)
+        end = {"continue_final_message": goes_on, "add_generation_prompt": completion is None and not goes_on}
+        return tokenizer.apply_chat_template(messages, return_dict=False, **end)
     text, bos, eos = prompt + (completion or ""), tokenizer.bos_token_id, tokenizer.eos_token_id
     ids = tokenizer(text)["input_ids"]
     if ids[:2] == [bos, bos]:  # the tokenizer's and the text's own
@@ -504,25 +492,16 @@ def micro_batches(pairs: Pairs, rows: np.ndarray, size: int, device: torch.devic
         part = mine[start : start + size]
         columns = pairs.rows[part] if len(part) else {"prompt": [], "chosen": [], "rejected": []}
         tokens = list(zip(columns["prompt"], columns["chosen"], columns["rejected"], strict=True))
-        batch = make_batch(tokens, device, score_prompts=pairs.score_prompts, rows=part, **counts)
+        batch = pack(tokens, device, score_prompts=pairs.score_prompts, rows=part, **counts)
         if pairs.reference_logps is not None:
             batch.reference_logps = torch.from_numpy(pairs.reference_logps[part]).to(device)
         yield batch
 
 
-def make_batch(pairs: list, device: torch.device, *, score_prompts: bool = False, **counts) -> Batch:
-    """A Batch of pairs (prompt, chosen, rejected) of token ids."""
-    tensors = {name: torch.from_numpy(array).to(device) for name, array in pack(pairs, score_prompts).items()}
-    return Batch(**tensors, owners=len(pairs) * (3 if score_prompts else 2), **counts)
-
-
-def pack(pairs: list[tuple[list[int], ...]], score_prompts: bool = False) -> dict[str, np.ndarray]:
-    """The arrays of a Batch, from the token ids (prompt, chosen, rejected) of each pair."""
-    ids, positions, sequences, source = [], [], [], []
-    end = 0  # of the row so far
-    for prompt, *completions in pairs or [
-        ([0], [0], [0])
-    ]:  # no pairs: a token, for the model has to compute something
+def pack(pairs: list[tuple], device: torch.device, *, score_prompts: bool = False, **counts) -> Batch:
+    """A Batch of pairs (prompt, chosen, rejected) of token ids; `counts` are more of its fields."""
+    ids, positions, sequences, source, end = [], [], [], [], 0  # end: of the row so far
+    for prompt, *completions in pairs or [([0], [0], [0])]:  # without pairs, a token for the model to compute
         start, end = end, end + len(prompt)
         ids.append(prompt)
         positions.append(np.arange(len(prompt)))
@@ -532,46 +511,43 @@ def pack(pairs: list[tuple[list[int], ...]], score_prompts: bool = False) -> dic
             ids.append(completion[:-1])
             positions.append(len(prompt) + np.arange(len(body)))
             sequences.append(np.concatenate([np.arange(start, start + len(prompt)), body]))
-            source.append(
-                sequences[-1][len(prompt) - 1 :]
-            )  # a prompt's last token predicts the first of a completion
+            # The last token of the prompt predicts the first of the completion.
+            source.append(sequences[-1][len(prompt) - 1 :])
     longest = max(map(len, sequences))
     home = np.empty(end, dtype=np.int64)
     for i, sequence in enumerate(sequences):
         home[sequence] = i * longest + np.arange(len(sequence))
-    labels, source = [y for pair in pairs for y in pair[1:]], source[: 2 * len(pairs)]
-    lengths = np.array([len(y) for y in labels], dtype=np.int64)
+
+    labels, source = [y for _, *completions in pairs for y in completions], source[: 2 * len(pairs)]
+    lengths = np.array([len(y) for y in labels], dtype=np.int64).reshape(-1, 2)
     if score_prompts:  # all of a prompt but its first token, which nothing predicts
         labels += [prompt[1:] for prompt, *_ in pairs]
-        source += [
-            sequence[: len(prompt) - 1] for (prompt, *_), sequence in zip(pairs, sequences[::2], strict=False)
-        ]
-    counts = [len(y) for y in labels]
-    return {
-        "input_ids": np.concatenate(ids).astype(np.int64)[None],
+        source += [sequences[2 * i][: len(prompt) - 1] for i, (prompt, *_) in enumerate(pairs)]
+    counts_of_labels = [len(y) for y in labels]
+    arrays = {
+        "input_ids": np.concatenate(ids)[None],
         "position_ids": np.concatenate(positions)[None],
-        "labels": np.concatenate([*labels, []]).astype(np.int64),
-        "source": np.concatenate([*source, []]).astype(np.int64),
-        "owner": np.arange(len(counts)).repeat(counts),
-        "index": np.concatenate([*map(np.arange, counts), []]).astype(np.int64),
+        "labels": np.concatenate([*labels, []]),
+        "source": np.concatenate([*source, []]),
+        "owner": np.arange(len(labels)).repeat(counts_of_labels),
+        "index": np.concatenate([*map(np.arange, counts_of_labels), []]),
         "sequences": np.stack([np.pad(sequence, (0, longest - len(sequence))) for sequence in sequences]),
         "home": home,
-        "lengths": lengths.reshape(-1, 2),
+        "lengths": lengths,
     }
+    tensors = {name: torch.from_numpy(array.astype(np.int64)).to(device) for name, array in arrays.items()}
+    return Batch(**tensors, owners=len(labels), **counts)
 
 
-def CHUNK(vocabulary: int) -> int:
-    return max(64, 2**26 // vocabulary)  # 2^26 logits are 256 MiB in float32
+CHUNK = 2**26  # logits in memory at a time: 256 MiB in float32
 
 
 class Scores(NamedTuple):
     """What a model says about a Batch."""
 
     token_logps: Tensor  # (N,) log-probability of each completion token, at least float32
-    aux_loss: (
-        Tensor | float
-    )  # () load-balancing loss of a mixture of experts whose config asks for it, else 0
-    log_collisions: Tensor | None  # (N,) log Σ_v π(v)² of the same predictions, detached, where asked for
+    aux_loss: Tensor | float  # the load-balancing loss of a mixture of experts that has one, else 0
+    log_collisions: Tensor | None  # (N,) log Σ_v π(v)² of the same predictions, detached, if asked for
 
 
 def score(model, batch: Batch, *, collisions: bool = False) -> Scores:
@@ -585,7 +561,7 @@ def score(model, batch: Batch, *, collisions: bool = False) -> Scores:
         input_ids=batch.input_ids,
         attention_mask=torch.ones_like(
             batch.input_ids
-        ),  # None and restarting positions would make a [T, T] mask
+        ),  # with None, restarting positions would make a [T, T] mask
         position_ids=batch.position_ids,
         use_cache=False,
         packed_sequences=batch.sequences,
@@ -597,7 +573,7 @@ def score(model, batch: Batch, *, collisions: bool = False) -> Scores:
     def chunk_logps(hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor | None]:
         return label_logps(model.get_output_embeddings()(hidden), labels, collisions)
 
-    size = CHUNK(model.config.get_text_config().vocab_size)
+    size = max(1, CHUNK // model.config.get_text_config().vocab_size)
     chunks = zip(hidden.split(size), batch.labels.split(size), strict=True)
     token_logps, log_collisions = zip(
         *(checkpoint(chunk_logps, *chunk, use_reentrant=False, preserve_rng_state=False) for chunk in chunks),
@@ -668,10 +644,8 @@ def enable_packing(model) -> None:
     head.
     """
     draw, vocabulary = np.random.default_rng(0).integers, model.config.get_text_config().vocab_size
-    pairs = [
-        [draw(1, min(100, vocabulary), n).tolist() for n in lengths] for lengths in ((9, 7, 5), (2, 1, 12))
-    ]
-    batch = make_batch(pairs, model.device, step_pairs=2)
+    pairs = [[draw(1, min(100, vocabulary), n) for n in lengths] for lengths in ((9, 7, 5), (2, 1, 12))]
+    batch = pack(pairs, model.device, step_pairs=2)
     model.balancing_loss = balancing_loss(model)
     want, before = plain_score(model, batch).token_logps, model.config._attn_implementation
     try:
@@ -732,27 +706,23 @@ def generate(model, tokenizer, prompts: list[list[int]], args: Arguments, **samp
     model.generation_config = transformers.GenerationConfig(
         eos_token_id=eos, pad_token_id=pad, max_new_tokens=args.max_new_tokens, **sampling
     )
-    completions = []
+    completions, size = [], args.per_device_eval_batch_size
     model.eval()  # else gradient checkpointing would switch off the cache of keys and values
     try:
         with gathered(model, args) as full:
-            for start in range(0, len(prompts), args.per_device_eval_batch_size):
-                part = prompts[start : start + args.per_device_eval_batch_size]
-                longest = max(map(len, part))
+            for part in (prompts[start : start + size] for start in range(0, len(prompts), size)):
+                longest = max(map(len, part))  # padding is on the left: completions begin in the same column
                 ids = torch.tensor([[pad] * (longest - len(p)) + p for p in part], device=model.device)
                 mask = torch.tensor(
                     [[0] * (longest - len(p)) + [1] * len(p) for p in part], device=model.device
                 )
-                out = model.generate(input_ids=ids, attention_mask=mask, synced_gpus=not full)[
-                    :, longest:
-                ].tolist()
-                for row in out:
-                    end = next((i + 1 for i, token in enumerate(row) if token in eos), len(row))
-                    completions.append(row[:end])
+                out = model.generate(input_ids=ids, attention_mask=mask, synced_gpus=not full)
+                completions += out[:, longest:].tolist()
     finally:
         model.train(was_training)
         model.generation_config = config
-    return completions
+    ends = [next((i + 1 for i, token in enumerate(y) if token in eos), len(y)) for y in completions]
+    return [y[:end] for y, end in zip(completions, ends, strict=True)]
 
 
 def complete(policy, tokenizer, test: Pairs, args: Arguments, step: int) -> tuple[dict, list[dict]]:
@@ -768,18 +738,19 @@ def complete(policy, tokenizer, test: Pairs, args: Arguments, step: int) -> tupl
     seed(args.seed, step, rank)
     greedy = generate(policy, tokenizer, rows["prompt"], args, do_sample=False)
     sampled = generate(policy, tokenizer, rows["prompt"], args, do_sample=True, temperature=1.0, top_k=0)
-    columns = {"step": [step] * len(greedy), "prompt": rows["prompt"], "greedy": greedy, "sampled": sampled}
-    for name in ("prompt", "greedy", "sampled"):
-        columns[name] = tokenizer.batch_decode(columns[name], skip_special_tokens=True)
+    texts = [tokenizer.batch_decode(y, skip_special_tokens=True) for y in (rows["prompt"], greedy, sampled)]
+    columns = dict(zip(("prompt", "greedy", "sampled"), texts, strict=True))
     columns |= {"answer": rows["answer"]} if "answer" in rows else {}
-    samples = gather_rows(
-        [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
-    )
-    if "answer" not in rows:
-        return {}, samples
-    names = {"exact_match": "greedy", "exact_match_sampled": "sampled"}
-    right = [[s[kind].strip() == s["answer"].strip() for s in samples] for kind in names.values()]
-    return {name: sum(matches) / count for name, matches in zip(names, right, strict=True)}, samples
+    mine = [
+        {"step": step} | dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)
+    ]
+    samples, metrics = gather_rows(mine), {}
+    if "answer" in rows:
+        for name, kind in (("exact_match", "greedy"), ("exact_match_sampled", "sampled")):
+            metrics[name] = (
+                sum(sample[kind].strip() == sample["answer"].strip() for sample in samples) / count
+            )
+    return metrics, samples
 
 
 def gather_rows(mine: list) -> list:
@@ -815,9 +786,7 @@ class Log:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self.on_signal)
         self.main = dist.get_rank() == 0
-        self.bar = tqdm(
-            initial=first_step, total=steps, unit="step", disable=not self.main, dynamic_ncols=True
-        )
+        self.bar = tqdm(initial=first_step, total=steps, disable=not self.main, dynamic_ncols=True)
         self.track = lambda metrics, step: None
         if self.main:
             self.metrics = reopen(Path(args.output_dir, "metrics.jsonl"), first_step)
@@ -837,9 +806,8 @@ class Log:
     def means(self) -> dict[str, float]:
         """The sums over all processes of what was added since the last call, in one all-reduce."""
         parts, self.parts = self.parts | {"interrupted": float(len(self.signals))}, {}
-        values = torch.stack(
-            [torch.as_tensor(v, dtype=torch.float64, device=self.device) for v in parts.values()]
-        )
+        values = [torch.as_tensor(part, dtype=torch.float64, device=self.device) for part in parts.values()]
+        values = torch.stack(values)
         dist.all_reduce(values)
         metrics = dict(zip(parts, values.tolist(), strict=True))
         self.interrupted = metrics.pop("interrupted") > 0
@@ -892,9 +860,8 @@ class Log:
 def reopen(path: Path, step: int):
     """A .jsonl file to append to, without the lines after `step`: those steps run again."""
     lines = path.read_text().splitlines(keepends=True) if step and path.exists() else []
-    path.write_text(
-        "".join(line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step)
-    )
+    lines = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+    path.write_text("".join(lines))
     return path.open("a", buffering=1)
 
 
@@ -905,57 +872,41 @@ def peak_memory(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
 
 
-def tracker(args: Arguments):
-    """A function (metrics, step) that reports to the tracker of --report_to; metrics None closes it."""
+def tracker(args: Arguments) -> Callable[[dict[str, float] | None, int], None]:
+    """A function of metrics and step that reports to the tracker of --report_to; metrics None closes it."""
     if args.report_to == "none":
         return lambda metrics, step: None
     if args.report_to == "tensorboard":
         from torch.utils.tensorboard import SummaryWriter
 
         writer = SummaryWriter(Path(args.output_dir, "tensorboard"))
-
-        def track(metrics, step):
-            for name, value in (metrics or {}).items():
-                writer.add_scalar(name, value, step)
-            if metrics is None:
-                writer.close()
+        write, close = lambda m, step: [writer.add_scalar(k, v, step) for k, v in m.items()], writer.close
     else:  # wandb and trackio have the same interface
         tracking = __import__(args.report_to)
-        project = Path(args.output_dir).name
-        tracking.init(project=project, name=args.run_name, config=asdict(args), dir=args.output_dir)
-
-        def track(metrics, step):
-            tracking.log(metrics, step=step) if metrics is not None else tracking.finish()
-
-    return track
+        tracking.init(project=Path(args.output_dir).name, name=args.run_name, config=asdict(args))
+        write, close = lambda m, step: tracking.log(m, step=step), tracking.finish
+    return lambda metrics, step: close() if metrics is None else write(metrics, step)
 
 
 # ------------------------------------------------------------------------------------------------ checkpoints
 
-IMMATERIAL = {
-    "overwrite_output_dir",
-    "dataset_num_proc",
-    "logging_steps",
-    "report_to",
-    "run_name",
-    "save_steps",
-}
-IMMATERIAL |= {"save_total_limit", "push_to_hub", "hub_model_id"}  # may change when a run goes on
+MAY_CHANGE = """overwrite_output_dir dataset_num_proc logging_steps report_to run_name save_steps
+    save_total_limit push_to_hub hub_model_id""".split()  # when a run goes on
 
 
 def write_run(args: Arguments, finished: bool) -> None:
     """run.json: what runs in output_dir, and whether it is done. Replaced in one go."""
-    path = Path(args.output_dir, "run.json")
+    path, versions = (
+        Path(args.output_dir, "run.json"),
+        {m.__name__: m.__version__ for m in (torch, transformers)},
+    )
+    content = {"script": Path(sys.argv[0]).name, "arguments": asdict(args), "finished": finished} | versions
     path.parent.mkdir(parents=True, exist_ok=True)
-    versions = {"torch": torch.__version__, "transformers": transformers.__version__}
-    content = {
-        "script": Path(sys.argv[0]).name,
-        "finished": finished,
-        "versions": versions,
-        "arguments": asdict(args),
-    }
     path.with_suffix(".tmp").write_text(json.dumps(content, indent=2))
     path.with_suffix(".tmp").replace(path)
+
+
+WRITTEN = "run.json", "metrics.jsonl", "completions.jsonl", "reference_logps_*", "checkpoints", "tensorboard"
 
 
 def check_output_dir(args: Arguments) -> None:
@@ -965,7 +916,7 @@ def check_output_dir(args: Arguments) -> None:
         return
     run, script = json.loads(path.read_text()), Path(sys.argv[0]).name
     old, new = ({"script": s, **a} for s, a in ((run["script"], run["arguments"]), (script, asdict(args))))
-    differ = [name for name in new if name not in IMMATERIAL and old.get(name) != new[name]]
+    differ = [name for name in new if name not in MAY_CHANGE and old.get(name) != new[name]]
     if differ:
         changes = ", ".join(f"{name} {old.get(name)} (now {new[name]})" for name in differ)
         fail(f"another run is in {args.output_dir}: {changes}; change --output_dir or --overwrite_output_dir")
@@ -999,13 +950,9 @@ def resume(args: Arguments, policy, optimizer, extra: dict[str, Tensor]) -> int:
     newest = [None]
     if dist.get_rank() == 0:
         if args.overwrite_output_dir and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
-            for name in ("run.json", "metrics.jsonl", "completions.jsonl"):
-                Path(args.output_dir, name).unlink(missing_ok=True)
-            for path in Path(args.output_dir).glob("reference_logps_*"):
-                path.unlink()
-            for name in ("checkpoints", "tensorboard"):
-                shutil.rmtree(Path(args.output_dir, name), ignore_errors=True)
-        newest = [complete_checkpoints(args)[-1] if complete_checkpoints(args) else None]
+            for path in [p for name in WRITTEN for p in Path(args.output_dir).glob(name)]:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        newest = (complete_checkpoints(args) or [None])[-1:]
         for path in Path(args.output_dir, "checkpoints").glob("*"):
             if not (path / ".metadata").exists():
                 shutil.rmtree(path)  # torn: the run was killed while it saved
@@ -1015,9 +962,8 @@ def resume(args: Arguments, policy, optimizer, extra: dict[str, Tensor]) -> int:
         return 0
     state = training_state(policy, optimizer, 0, extra)
     dcp.load(state, checkpoint_id=newest[0])
-    dsd.set_state_dict(
-        policy, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"]
-    )
+    model, optim = state["model"], state["optimizer"]
+    dsd.set_state_dict(policy, optimizer, model_state_dict=model, optim_state_dict=optim)
     say(f"going on after step {state['step']}, from {newest[0]}")
     if state["processes"] != dist.get_world_size():
         say(f"it had {state['processes']} processes, not {dist.get_world_size()}: rounding will differ")
@@ -1026,10 +972,9 @@ def resume(args: Arguments, policy, optimizer, extra: dict[str, Tensor]) -> int:
 
 def save_model(args: Arguments, policy, tokenizer) -> None:
     """Save model and tokenizer for from_pretrained(output_dir), and to the Hub if asked for."""
-    options = dsd.StateDictOptions(
-        full_state_dict=True, cpu_offload=True
-    )  # the whole model is on rank 0 only
-    weights = dsd.get_model_state_dict(policy, options=options)
+    # The whole model comes together on rank 0 alone, on its CPU.
+    whole = dsd.StateDictOptions(full_state_dict=True, cpu_offload=True)
+    weights = dsd.get_model_state_dict(policy, options=whole)
     if dist.get_rank() == 0:
         weights = {name: w for name, w in weights.items() if name not in policy.all_tied_weights_keys}
         policy.save_pretrained(args.output_dir, state_dict=weights)
@@ -1037,13 +982,12 @@ def save_model(args: Arguments, policy, tokenizer) -> None:
         if args.push_to_hub:
             from huggingface_hub import HfApi
 
-            repository = (
-                HfApi().create_repo(args.hub_model_id or Path(args.output_dir).name, exist_ok=True).repo_id
+            hub, name = HfApi(), args.hub_model_id or Path(args.output_dir).name
+            name = hub.create_repo(name, exist_ok=True).repo_id
+            hub.upload_folder(
+                repo_id=name, folder_path=args.output_dir, ignore_patterns=["checkpoints/*", "*.npy"]
             )
-            HfApi().upload_folder(
-                repo_id=repository, folder_path=args.output_dir, ignore_patterns=["checkpoints/*", "*.npy"]
-            )
-            say(f"uploaded to {repository}")
+            say(f"uploaded to {name}")
         write_run(args, finished=True)
         say(f"finished: the model is in {args.output_dir}")
     dist.barrier()

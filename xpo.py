@@ -355,7 +355,7 @@ def main(args: Arguments) -> None:
         wins, start = samples.preferences.to(device) >= 0, time.perf_counter()  # a tie counts for the policy
         for i in range(0, len(wins), args.per_device_train_batch_size):
             part = slice(i, i + args.per_device_train_batch_size)
-            batch = common.make_batch(samples.tokens[part], device, step_pairs=args.batch_size)
+            batch = common.pack(samples.tokens[part], device, step_pairs=args.batch_size)
             loss, metrics = loss_and_metrics(policy, reference, batch, wins[part], args, epoch)
             (loss * world).backward()  # fully_shard averages over processes, but these are parts of a sum
             log.add(metrics)

@@ -72,9 +72,6 @@ def random_pairs(
 
 
 def batch_of(pairs, score_prompts: bool = False) -> common.Batch:
-    counts = {
-        "step_pairs": len(pairs),
-        "step_tokens": tuple(sum(len(pair[i]) for pair in pairs) for i in range(3)),
-    }
-    rows = np.arange(len(pairs))
-    return common.make_batch(pairs, torch.device("cpu"), score_prompts=score_prompts, rows=rows, **counts)
+    tokens = tuple(sum(len(pair[i]) for pair in pairs) for i in range(3))
+    counts = {"rows": np.arange(len(pairs)), "step_pairs": len(pairs), "step_tokens": tokens}
+    return common.pack(pairs, torch.device("cpu"), score_prompts=score_prompts, **counts)

@@ -411,7 +411,8 @@ def test_politeness_pairs(capsys):
     assert "spans" not in capsys.readouterr().out
 
 
-# ------------------------------------------------------------------------------- what is cut, dropped, refused
+# ------------------------------------------------------------------------------- what is cut, dropped,
+# refused
 
 
 @pytest.mark.parametrize("max_length", range(1, 12))
