@@ -40,7 +40,8 @@ from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig,
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-TOY = Path(__file__).parent / "tests" / "toy"  # the built-in example: a model and pairs like any other
+# The built-in example: a model and pairs like any other.
+TOY_MODEL, TOY_DATA = (str(Path(__file__).parent / "tests" / "toy" / name) for name in ("sft", "pairs"))
 
 # -------------------------------------------------------------------------------------------------- arguments
 
@@ -111,7 +112,7 @@ def parse(kind: type[Arguments], check: Callable[[Arguments], None], toy: dict) 
     parser = transformers.HfArgumentParser(kind, allow_abbrev=False)
     flags = {word.split("=")[0] for word in sys.argv[1:]}
     if not flags & {"--model_name_or_path", "--dataset_name"}:
-        parser.set_defaults(model_name_or_path=str(TOY / "sft"), dataset_name=str(TOY / "pairs"), **toy)
+        parser.set_defaults(model_name_or_path=TOY_MODEL, dataset_name=TOY_DATA, **toy)
     args, unknown = parser.parse_args_into_dataclasses(return_remaining_strings=True)
     if unknown:
         near = difflib.get_close_matches(unknown[0], [f"--{f.name}" for f in fields(kind)], 1)

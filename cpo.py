@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import common
-from common import Batch, Pairs, arg
+from common import TOY_MODEL, Batch, Pairs, arg
 
 # --------------------------------------------------------------------------------------------------- the loss
 
@@ -116,25 +116,34 @@ class Arguments(common.Arguments):
     simpo_gamma: float | None = arg(None, "target margin γ, not γ/β [simpo 1.375, alphapo 0.1]")
     alpha: float | None = arg(None, "AlphaPO's α, for every loss type [0; alphapo 0.25]")
     label_smoothing: float = arg(0.0, "ε: share of pairs with swapped labels")
+    learning_rate: float | None = arg(None, "peak learning rate of AdamW [1e-6; alphapo 7e-7]")
 
 
-# Where the papers' settings differ by model: SimPO's for Llama-3-Instruct, AlphaPO's for Mistral-Instruct.
+# What the options left open are, by loss type: as published, of SimPO for Llama-3-Instruct, of AlphaPO for
+# Mistral-Instruct. The learning rate is that of models with billions of parameters, and of the built-in
+# example.
+OTHERS = {"beta": 0.1, "cpo_alpha": 1.0, "simpo_gamma": 0.0, "alpha": 0.0, "learning_rate": (1e-6, 5e-4)}
 DEFAULTS = {
-    "simpo": {"beta": 2.5, "cpo_alpha": 0.0, "simpo_gamma": 1.375, "alpha": 0.0},
-    "alphapo": {"beta": 2.5, "cpo_alpha": 0.0, "simpo_gamma": 0.1, "alpha": 0.25},
+    "simpo": OTHERS | {"beta": 2.5, "cpo_alpha": 0.0, "simpo_gamma": 1.375, "learning_rate": (1e-6, 3e-5)},
+    "alphapo": {
+        "beta": 2.5,
+        "cpo_alpha": 0.0,
+        "simpo_gamma": 0.1,
+        "alpha": 0.25,
+        "learning_rate": (7e-7, 3e-5),
+    },
 }
-# The built-in example: a 336k-parameter character model that translates numbers (tests/toy). So small a model
-# takes a far larger learning rate than one of billions of parameters.
-TOY = dict(learning_rate=5e-4, max_steps=100, batch_size=32, per_device_train_batch_size=32)
+# The built-in example: a 336k-parameter character model that translates numbers (tests/toy).
+TOY = dict(max_steps=100, batch_size=32, per_device_train_batch_size=32)
 TOY |= dict(per_device_eval_batch_size=250, eval_prompts=500, max_new_tokens=64)
 
 
 def check(args: Arguments) -> None:
     """Fill in defaults that depend on other arguments; ValueError for what does not go together."""
-    defaults = DEFAULTS.get(args.loss_type, {"beta": 0.1, "cpo_alpha": 1.0, "simpo_gamma": 0.0, "alpha": 0.0})
-    for name, default in defaults.items():
+    for name, default in DEFAULTS.get(args.loss_type, OTHERS).items():
         if getattr(args, name) is None:
-            setattr(args, name, default)
+            small = args.model_name_or_path == TOY_MODEL
+            setattr(args, name, default[small] if name == "learning_rate" else default)
     losses_of(torch.zeros(1, 2), args)  # whatever else is wrong cpo_loss says, before any work
 
 

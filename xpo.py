@@ -99,7 +99,7 @@ class Arguments(common.Arguments):
 # takes a far larger learning rate than one of billions of parameters.
 TOY = dict(learning_rate=3e-4, max_steps=60, batch_size=32, per_device_train_batch_size=32)
 TOY |= dict(per_device_eval_batch_size=250, eval_prompts=500, max_new_tokens=64)
-TOY |= dict(reward_model_path=str(common.TOY / "reward"))
+TOY |= dict(reward_model_path=str(Path(common.TOY_MODEL).parent / "reward"))
 
 
 def check(args: Arguments) -> None:

@@ -10,6 +10,7 @@ import json
 import re
 import sys
 from collections import Counter
+from functools import cache
 from pathlib import Path
 
 import datasets
@@ -25,55 +26,55 @@ from transformers import AutoTokenizer
 import common
 from common import Arguments, Pairs, extract_prompt, global_batches, load_pairs, micro_batches, tokenize_pair
 
-SHARED = Path(__file__).parents[2] / "shared"  # tokenizers of real models, where there are any
+SHARED = Path(__file__).parents[2] / "shared"  # tokenizers of real models and real data, where there are any
 needs_shared = pytest.mark.skipif(not SHARED.exists(), reason="needs the tokenizers and data in ../shared")
-REAL = [
-    pytest.param(path, marks=needs_shared)
-    for path in ("gpt2-tokenizer", "phi-3-mini-tokenizer", "stories260K")
-]
-GPT2, PHI3, _ = REAL
+GPT2, PHI3, STORIES = (
+    pytest.param(name, marks=needs_shared)
+    for name in ("gpt2-tokenizer", "phi-3-mini-tokenizer", "stories260K")
+)
+TOYS = ["toy", "toy, adds BOS", "toy, adds BOS and EOS"]
+PARTS = ("prompt", "chosen", "rejected")
 fast = settings(max_examples=100, deadline=None, derandomize=True, database=None)
 
 
 @pytest.fixture(autouse=True)
-def fresh_cache(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+def empty_cache(tmp_path_factory, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
 
 
-def tokenizer(name: str = "toy"):
-    """A real tokenizer by its name, or the toy's; "toy+s", "toy+s/s": it adds BOS, BOS and EOS to every text."""
-    if "toy" not in name:
+def tokenizer(name: str = "toy", template: str | None = None, tokens: list[str] = ()):
+    """A new one, which a test may change, with these additional tokens."""
+    if name not in TOYS:
         return AutoTokenizer.from_pretrained(SHARED / "models" / name)
     toy = AutoTokenizer.from_pretrained(common.TOY / "sft")
-    if "+" in name:
-        around = "<s> $A </s>" if name.endswith("/s") else "<s> $A"
-        specials = [("<s>", toy.bos_token_id), ("</s>", toy.eos_token_id)]
-        toy.backend_tokenizer.post_processor = TemplateProcessing(single=around, special_tokens=specials)
+    if name != "toy":
+        around = "<s> $A </s>" if name.endswith("EOS") else "<s> $A"
+        toy.backend_tokenizer.post_processor = TemplateProcessing(
+            single=around, special_tokens=[("<s>", toy.bos_token_id), ("</s>", toy.eos_token_id)]
+        )
+    toy.add_tokens(tokens)
+    toy.chat_template = template or toy.chat_template
     return toy
 
 
-def chat(template: str):
-    """The toy tokenizer with another chat template, and tokens for it."""
-    toy = tokenizer()
-    toy.add_tokens(["<|im_start|>", "<|im_end|>", "<|end|>", "<think>", "</think>", "\n"])
-    toy.chat_template = template
-    return toy
+TOY = tokenizer()
 
 
-def ids(text: str, tok=None) -> list[int]:
-    return (tok or tokenizer())(text, add_special_tokens=False)["input_ids"]
-
-
-def message(role: str, content: str, **more) -> dict:
-    return {"role": role, "content": content, **more}
+def ids(text: str, tok=TOY) -> list[int]:
+    return tok(text, add_special_tokens=False)["input_ids"]
 
 
 def user(content: str) -> list[dict]:
-    return [message("user", content)]
+    return [{"role": "user", "content": content}]
 
 
 def answer(content: str) -> list[dict]:
-    return [message("assistant", content)]
+    return [{"role": "assistant", "content": content}]
+
+
+def pair(prompt, chosen, rejected) -> dict:
+    prompt = {} if prompt is None else {"prompt": prompt}
+    return prompt | {"chosen": chosen, "rejected": rejected}
 
 
 def write(path: Path, rows: list[dict]) -> Path:
@@ -81,85 +82,69 @@ def write(path: Path, rows: list[dict]) -> Path:
         datasets.Dataset.from_list(rows).to_parquet(path)
     elif path.suffix == ".csv":
         with path.open("w", newline="") as file:
-            writer = csv.DictWriter(file, rows[0])
-            writer.writeheader()
-            writer.writerows(rows)
+            csv.writer(file).writerows([rows[0], *(row.values() for row in rows)])
+    elif path.suffix == ".json":
+        path.write_text(json.dumps(rows))
     else:
-        path.write_text(json.dumps(rows) if path.suffix == ".json" else "\n".join(map(json.dumps, rows)))
+        path.write_text("\n".join(map(json.dumps, rows)))
     return path
 
 
-def load(path: Path, tok=None, **arguments) -> tuple[Pairs, Pairs | None]:
-    return load_pairs(Arguments(dataset_name=str(path), **arguments), tok or tokenizer())
+def load(path: Path, tok=TOY, **arguments) -> tuple[Pairs, Pairs | None]:
+    return load_pairs(Arguments(dataset_name=str(path), **arguments), tok)
 
 
 # ---------------------------------------------------------------------------------------------------- formats
 
-FACTS = [("12", " twelve", " ten two"), ("7", " seven", " one"), ("30-1", " twenty-nine", " thirty one")]
-FORMATS = {
-    "texts": lambda q, c, r: {"prompt": f"<s>{q}=", "chosen": c, "rejected": r},
-    "texts with the prompt in them": lambda q, c, r: {"chosen": f"<s>{q}={c}", "rejected": f"<s>{q}={r}"},
-    "conversations": lambda q, c, r: {"prompt": user(q), "chosen": answer(c), "rejected": answer(r)},
-    "with the prompt in them": lambda q, c, r: {
-        "chosen": user(q) + answer(c),
-        "rejected": user(q) + answer(r),
-    },
-    "and as a text, too": lambda q, c, r: {
-        "prompt": q,
-        "chosen": user(q) + answer(c),
-        "rejected": user(q) + answer(r),
-    },
-    "prompt a text": lambda q, c, r: {"prompt": q, "chosen": answer(c), "rejected": answer(r)},
-    "answers texts": lambda q, c, r: {"prompt": user(q), "chosen": c, "rejected": r},
+FORMATS = {  # of a question, a chosen and a rejected answer
+    "texts": lambda q, c, r: (f"<s>{q}=", c, r),
+    "texts that begin with the prompt": lambda q, c, r: (None, f"<s>{q}={c}", f"<s>{q}={r}"),
+    "messages": lambda q, c, r: (user(q), answer(c), answer(r)),
+    "messages from the prompt on": lambda q, c, r: (None, user(q) + answer(c), user(q) + answer(r)),
+    "messages, prompt as a text, too": lambda q, c, r: (q, user(q) + answer(c), user(q) + answer(r)),
+    "messages, prompt a text": lambda q, c, r: (q, answer(c), answer(r)),
+    "messages, answers texts": lambda q, c, r: (user(q), c, r),
 }
+FACTS = [("12", " twelve", " ten two"), ("7", " seven", " one"), ("30-1", " twenty-nine", " thirty one")]
+WANT = [(ids(f"<s>{q}="), ids(f"{c}</s>"), ids(f"{r}</s>")) for q, c, r in FACTS]
 
 
 @pytest.mark.parametrize("kind", [".json", ".jsonl", ".csv", ".parquet", "directory"])
 @pytest.mark.parametrize("format", FORMATS)
 def test_what_says_the_same_has_the_same_tokens(format, kind, tmp_path, capsys):
-    if kind == ".csv" and "text" not in format.split()[0]:
-        pytest.skip("conversations are not in csv files")
-    rows = [FORMATS[format](*fact) for fact in FACTS]
-    path = tmp_path if kind == "directory" else tmp_path / f"pairs{kind}"
+    if kind == ".csv" and "messages" in format:
+        pytest.skip("a csv file has texts only")
+    rows = [pair(*FORMATS[format](*fact)) for fact in FACTS]
     if kind == "directory":
-        write(path / "train.jsonl", rows)
+        path = write(tmp_path / "train.jsonl", rows).parent
         write(path / "test.jsonl", rows[1:])
     else:
-        write(path, rows)
+        path = write(tmp_path / f"pairs{kind}", rows)
     train, test = load(path)
-    want = [(ids(f"<s>{q}="), ids(f"{c}</s>"), ids(f"{r}</s>")) for q, c, r in FACTS]
-    assert [*zip(*(train.rows[name] for name in ("prompt", "chosen", "rejected")), strict=True)] == want
-    assert train.lengths.tolist() == [[*map(len, pair)] for pair in want]
+    assert [*zip(*(train.rows[part] for part in PARTS), strict=True)] == WANT
+    assert train.lengths.tolist() == [[*map(len, parts)] for parts in WANT]
     if kind == "directory":
-        assert test.rows[:] == train.rows[1:]
+        assert test.rows[:] == train.rows[1:] and test.lengths.tolist() == train.lengths[1:].tolist()
         assert load(path, eval_strategy="no")[1] is None
     else:
-        assert test is None
-    assert ("no split 'test'" in capsys.readouterr().out) == (kind != "directory")
+        assert test is None and "no split 'test'" in capsys.readouterr().out
 
 
-def test_a_csv_file_holds_texts(tmp_path):
-    rows = [
-        {"prompt": "007", "chosen": "null", "rejected": "nan"},
-        {"prompt": "", "chosen": "a b", "rejected": "a c"},
-    ]
+def test_a_csv_file_has_texts_even_if_they_look_like_numbers_or_nothing(tmp_path):
+    rows = [pair("007", "null", "nan"), pair("", "a b", "a c")]
     train, _ = load(write(tmp_path / "pairs.csv", rows))
-    assert train.rows["prompt"] == [ids("007"), ids("<s>")]
-    assert train.rows["chosen"] == [ids("null</s>"), ids("a b</s>")]
+    assert train.rows["prompt"][:] == [ids("007"), ids("<s>")]
+    assert train.rows["chosen"][:] == [ids("null</s>"), ids("a b</s>")]
 
 
-def test_templates_see_the_fields_that_a_message_has(tmp_path):
-    rows = [
-        {"chosen": [message("user", "a", name="x"), *answer("b")], "rejected": user("a") + answer(y)}
-        for y in "cd"
-    ]
-    rows[0]["rejected"][0] = rows[1]["rejected"][0] = rows[0]["chosen"][0]
-    tok = chat(
-        "{% for m in messages %}{% if 'name' in m %}{{ m.name }}-{% endif %}{{ m.content }}{% endfor %}"
+@pytest.mark.parametrize("kind", [".jsonl", ".parquet"])
+def test_templates_see_only_the_fields_that_a_message_has(kind, tmp_path):
+    prompt = [{"role": "user", "content": "a", "name": "x"}, *answer("b"), *user("c")]
+    tok = tokenizer(
+        template="{% for m in messages %}{% if 'name' in m %}-{% endif %}{{ m.content }}{% endfor %}"
     )
-    for suffix in (".jsonl", ".parquet"):
-        train, _ = load(write(tmp_path / f"pairs{suffix}", rows), tok)
-        assert [train.rows[0][name] for name in ("prompt", "chosen")] == [ids("x-a", tok), ids("b", tok)]
+    train, _ = load(write(tmp_path / f"pairs{kind}", [pair(prompt, answer("d"), answer("e"))]), tok)
+    assert [train.rows[0][part] for part in PARTS] == [ids("-abc"), ids("d"), ids("e")]
 
 
 # ------------------------------------------------------------------------------------------------------ texts
@@ -167,18 +152,14 @@ def test_templates_see_the_fields_that_a_message_has(tmp_path):
 
 @pytest.mark.parametrize("end", ["", "EOS"])
 @pytest.mark.parametrize("begin", ["", "BOS"])
-@pytest.mark.parametrize("name", ["toy", "toy+s", "toy+s/s", *REAL])
+@pytest.mark.parametrize("name", [*TOYS, GPT2, PHI3, STORIES])
 def test_texts_begin_with_one_bos_if_any_and_end_with_one_eos(name, begin, end):
     tok = tokenizer(name)
-    row = {
-        "prompt": begin and tok.bos_token,
-        "chosen": " to you",
-        "rejected": " or not" + (end and tok.eos_token),
-    }
-    row = tokenize_pair(row | {"prompt": row["prompt"] + "say hello"}, tok, 99)
-    for completion, text in (("chosen", "say hello to you"), ("rejected", "say hello or not")):
-        *tokens, last = row["prompt"] + row[completion]
-        if begin or name in ("toy+s", "toy+s/s", "stories260K"):
+    prompt, end = (begin and tok.bos_token) + "say hello", end and tok.eos_token
+    row = tokenize_pair(pair(prompt, " to you" + end, " or not"), tok, 99)
+    for completion, text in ((row["chosen"], "say hello to you"), (row["rejected"], "say hello or not")):
+        *tokens, last = row["prompt"] + completion
+        if begin or "adds" in name or name == "stories260K":
             first, *tokens = tokens
             assert first == tok.bos_token_id
         assert last == tok.eos_token_id
@@ -187,39 +168,29 @@ def test_texts_begin_with_one_bos_if_any_and_end_with_one_eos(name, begin, end):
     assert tok.decode(row["prompt"], skip_special_tokens=True) == "say hello" and not row["moved"]
 
 
-@pytest.mark.parametrize("name", ["toy", "toy+s", "toy+s/s", *REAL])
+@pytest.mark.parametrize("name", ["toy", "toy, adds BOS and EOS"])
+def test_a_prompt_keeps_an_eos_of_its_own(name):
+    row = tokenize_pair(pair("<s>a</s>", "b", "c</s>"), tokenizer(name), 99)
+    assert [row[part] for part in PARTS] == [ids("<s>a</s>"), ids("b</s>"), ids("c</s>")]
+    assert not row["moved"]
+
+
+@pytest.mark.parametrize("name", [*TOYS, GPT2, PHI3, STORIES])
 def test_bos_stands_for_an_empty_prompt(name):
     tok = tokenizer(name)
-    row = tokenize_pair({"prompt": "", "chosen": "yes", "rejected": "no"}, tok, 99)
+    row = tokenize_pair(pair("", "yes", "no"), tok, 99)
     assert row["prompt"] == [tok.bos_token_id] and not row["moved"]
     assert row["rejected"] == [*ids("no", tok), tok.eos_token_id]
     if name == "toy":
         tok.bos_token = None
-        assert "BOS" in tokenize_pair({"prompt": "", "chosen": "yes", "rejected": "no"}, tok, 99)["problem"]
+        assert "BOS" in tokenize_pair(pair("", "yes", "no"), tok, 99)["problem"]
 
 
-@pytest.mark.parametrize("name", ["toy+s/s", "toy"])
-def test_prompts_keep_an_eos_of_their_own(name):
-    row = tokenize_pair({"prompt": "<s>a</s>", "chosen": "b", "rejected": "c</s>"}, tokenizer(name), 99)
-    assert [row[part] for part in ("prompt", "chosen", "rejected")] == [
-        ids("<s>a</s>"),
-        ids("b</s>"),
-        ids("c</s>"),
-    ]
-    assert not row["moved"]
-
-
-IMPLICIT = [
+IMPLICIT = [  # chosen, rejected, the prompt in them
     ("The sky", "The sky is blue", "The"),  # not "The sk", and something is left of both
     ("The skyline", "The sky", "The"),
-    ("yes", "no", ""),
     ("yes", "yes indeed", ""),
-    ("a\nb", "a b", "a"),
-    (
-        "\n\nHuman: hi\n\nAssistant: Hello.",
-        "\n\nHuman: hi\n\nAssistant: Hell no.",
-        "\n\nHuman: hi\n\nAssistant:",
-    ),
+    ("\n\nHuman: hi\n\nAssistant: Hello.", "\n\nHuman: hi\n\nAssistant: Hell", "\n\nHuman: hi\n\nAssistant:"),
     (user("q") + answer("yes"), user("q") + answer("no"), user("q")),
     (user("q") + answer("yes"), user("q") + answer("yes"), user("q")),
     (user("q") + answer("a") + user("r") + answer("s"), user("q") + answer("a"), user("q")),
@@ -238,232 +209,195 @@ words = st.text("ab \n", min_size=1, max_size=8)
 
 @fast
 @given(words, words, words)
-def test_an_implicit_prompt_is_the_longest_that_splits_no_word_and_leaves_both_something(start, a, b):
+def test_an_implicit_prompt_is_the_longest_that_splits_no_word_and_leaves_something(start, a, b):
     a, b = start + a, start + b
 
-    def ends_a_word(n):
-        return n == 0 or not a[n - 1].isspace() and a[n].isspace() and b[n].isspace()
+    def fits(n):
+        return a[:n] == b[:n] and (n == 0 or not a[n - 1].isspace() and a[n].isspace() and b[n].isspace())
 
-    n = max(n for n in range(min(len(a), len(b))) if a[:n] == b[:n] and ends_a_word(n))
+    n = max(filter(fits, range(min(len(a), len(b)))))
     assert extract_prompt(a, b) == (a[:n], a[n:], b[n:])
 
 
 @pytest.mark.parametrize("name", ["toy", GPT2])
 def test_a_token_across_the_boundary_is_the_completions(name, tmp_path, capsys):
-    tok = tokenizer(name)
-    if name == "toy":
-        tok.add_tokens(["world", "worm"])
-    pairs = [
-        ("hello wor", "ld", "m"),
-        ("hello", " wor", " x"),
-        ("hello wor", "ld war", "m"),
-        ("wor", "ld", "m"),
-    ]
-    rows = [dict(zip(("prompt", "chosen", "rejected"), pair, strict=True)) for pair in pairs]
+    tok = tokenizer(name, tokens=["world", "worm"])
+    rows = [pair("hello wor", "ld", "m"), pair("hello", " wor", " x"), pair("wor", "ld", "m")]
     train, _ = load(write(tmp_path / "pairs.jsonl", rows), tok)
-    for row, (prompt, chosen, rejected) in zip(train.rows, pairs[:3], strict=False):
-        assert row["prompt"] + row["chosen"] == [*ids(prompt + chosen, tok), tok.eos_token_id]
-        assert row["prompt"] + row["rejected"] == [*ids(prompt + rejected, tok), tok.eos_token_id]
-    assert train.rows["prompt"][1] == ids("hello", tok)
-    assert tok.decode(train.rows["prompt"][0]).rstrip() == "hello"
-    assert train.rows[3] == {  # nothing is left of the prompt
-        "prompt": [tok.bos_token_id],
-        "chosen": [*ids("world", tok), tok.eos_token_id],
-        "rejected": [*ids("worm", tok), tok.eos_token_id],
-    }
-    (line,) = [line for line in capsys.readouterr().out.splitlines() if "spans" in line]
-    assert "in 3 training" in line
+    for text, row in zip(rows, train.rows, strict=True):
+        for part in ("chosen", "rejected"):
+            start = row["prompt"] if tok.decode(row["prompt"]) != tok.bos_token else []
+            assert start + row[part] == [*ids(text["prompt"] + text[part], tok), tok.eos_token_id]
+    assert [tok.decode(prompt).strip() for prompt in train.rows["prompt"]] == [
+        "hello",
+        "hello",
+        tok.bos_token,
+    ]
+    assert len(re.findall("in 2 training .* spans", capsys.readouterr().out)) == 1
 
 
-anything = (
-    st.text(max_size=12) | st.text("a \n\t", max_size=6) | st.sampled_from(["", " ", "é", "e\u0301", "👩‍🚀"])
+@cache
+def any_text_tokenizer():
+    return (tokenizer("gpt2-tokenizer"), None) if SHARED.exists() else (TOY, "0123456789abcxyz -=")
+
+
+texts = (
+    st.text(any_text_tokenizer()[1], max_size=9)
+    if any_text_tokenizer()[1]
+    else (st.text(max_size=9) | st.text("a \n", max_size=5) | st.sampled_from(["é", "e\u0301", "👩‍🚀"]))
 )
-letters = st.text("0123456789abcdefghijklmnopqrstuvwxyz -=", max_size=8)
 
 
-def check_any_text(tok, prompt: str, chosen: str, rejected: str):
-    row = tokenize_pair({"prompt": prompt, "chosen": chosen, "rejected": rejected}, tok, 1000)
+@fast
+@given(texts, texts, texts)
+@example("", " ", "a")
+def test_any_text_is_kept_whole_or_dropped(prompt, chosen, rejected):
+    tok, _ = any_text_tokenizer()
+    row = tokenize_pair(pair(prompt, chosen, rejected), tok, 1000)
     assert bool(row["problem"]) == (not chosen or not rejected or chosen == rejected)
-    if row["problem"]:
-        return
-    start = ids(prompt, tok) or [tok.bos_token_id]
-    assert row["moved"] == (row["prompt"] != start)
-    for text, completion in ((prompt + chosen, row["chosen"]), (prompt + rejected, row["rejected"])):
-        tokens = row["prompt"] + completion
-        tokens = tokens[1:] if tokens[0] == tok.bos_token_id else tokens
-        assert completion and tokens == [*ids(text, tok), tok.eos_token_id]
-        assert tok.decode(tokens[:-1]) == text
-
-
-@fast
-@given(letters, letters, letters)
-@example("", "a", "b")
-def test_any_text_of_the_toys_alphabet(prompt, chosen, rejected):
-    check_any_text(TOY, prompt, chosen, rejected)
-
-
-@needs_shared
-@fast
-@given(anything, anything, anything)
-@example("", " ", "\n")
-def test_any_text_in_bytes(prompt, chosen, rejected):
-    check_any_text(BYTES, prompt, chosen, rejected)
-
-
-TOY, BYTES = tokenizer(), tokenizer("gpt2-tokenizer") if SHARED.exists() else None
+    if not row["problem"]:
+        assert row["moved"] == (row["prompt"] != (ids(prompt, tok) or [tok.bos_token_id]))
+        for text, completion in ((prompt + chosen, row["chosen"]), (prompt + rejected, row["rejected"])):
+            tokens = row["prompt"] + completion
+            tokens = tokens[1:] if tokens[0] == tok.bos_token_id else tokens
+            assert completion and tokens == [*ids(text, tok), tok.eos_token_id]
+            assert tok.decode(tokens[:-1]) == text
 
 
 # ---------------------------------------------------------------------------------------------- conversations
 
+CHAT_TOKENS = ["<|im_start|>", "<|im_end|>", "<|end|>", "<think>", "</think>", "\n"]
+START, NO_THOUGHT = "<|im_start|>assistant\n", "<think>\n\n</think>\n\n"
 TURNS = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-ASKS = "{% if add_generation_prompt %}<|im_start|>assistant\n"
-TEMPLATES = {  # template, prompt, completion "yo"
-    "toy": (tokenizer().chat_template, "<s>hi=", "yo</s>"),
-    "qwen2.5-like": (
-        "{% if messages[0].role != 'system' %}<|im_start|>system\nbe kind<|im_end|>\n{% endif %}"
-        + TURNS
-        + ASKS
-        + "{% endif %}",
-        "<|im_start|>system\nbe kind<|im_end|>\n<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n",
-        "yo<|im_end|>\n",
+SYSTEM = "{% if messages[0].role != 'system' %}<|im_start|>system\nbe kind<|im_end|>\n{% endif %}"
+THINKS = "{% if m.role == 'assistant' and loop.last %}" + NO_THOUGHT + "{% endif %}{{ m.content }}"
+ASKS = "{% if add_generation_prompt %}" + START + "{% endif %}"
+PHI = "{% for m in messages %}{{ m.role }}\n{{ m.content }}<|end|>\n{% endfor %}"
+PHI += "{% if add_generation_prompt %}assistant\n{% else %}{{ eos_token }}{% endif %}"
+HI = "<|im_start|>user\nhi<|im_end|>\n"
+TEMPLATES = {  # and what they make of the prompt "hi" and of the completion "yo"
+    "toy": (TOY.chat_template, "<s>hi=", "yo</s>"),
+    "like Qwen2.5's": (SYSTEM + TURNS + ASKS, SYSTEM[37:-11] + HI + START, "yo<|im_end|>\n"),
+    "like Qwen3's": (
+        TURNS.replace("{{ m.content }}", THINKS) + ASKS,
+        HI + START,
+        NO_THOUGHT + "yo<|im_end|>\n",
     ),
-    "qwen3-like": (
-        TURNS.replace(
-            "{{ m.c", "{% if m.role == 'assistant' and loop.last %}<think>\n\n</think>\n\n{% endif %}{{ m.c"
-        )
-        + ASKS
-        + "{% endif %}",
-        "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n",
-        "<think>\n\n</think>\n\nyo<|im_end|>\n",
-    ),
-    "phi-3-like": (
-        "{% for m in messages %}{{ m.role }}\n{{ m.content }}<|end|>\n{% endfor %}"
-        "{% if add_generation_prompt %}assistant\n{% else %}{{ eos_token }}{% endif %}",
-        "user\nhi<|end|>\nassistant\n",
-        "yo<|end|>\n</s>",
-    ),
+    "like Phi-3's": (PHI, "user\nhi<|end|>\nassistant\n", "yo<|end|>\n</s>"),
 }
 DIALOGUES = [
     user("hi"),
     user("hi") + answer("yes") + user("more"),
-    [message("system", "be brief"), *user("hi")],
+    [{"role": "system", "content": "a"}, *user("hi")],
 ]
 
 
-def check_dialogue(tok, prompt: list[dict], chosen: str, rejected: str) -> dict:
-    rows = [{"prompt": prompt, "chosen": answer(chosen), "rejected": answer(rejected)}]
-    rows += [{"chosen": prompt + answer(chosen), "rejected": prompt + answer(rejected)}]
-    row, implicit = (tokenize_pair(row, tok, 999) for row in rows)
-    assert row == implicit and not row["problem"] and not row["moved"]
-    generation = tok.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False)
+def check_dialogue(tok, dialogue: list[dict], chosen: str, rejected: str) -> dict:
+    """The token ids of a pair, after a comparison with what the chat template makes."""
+    row = tokenize_pair(pair(dialogue, answer(chosen), answer(rejected)), tok, 999)
+    assert row == tokenize_pair(pair(None, dialogue + answer(chosen), dialogue + answer(rejected)), tok, 999)
+    assert not row["problem"] and not row["moved"]
+    generation = tok.apply_chat_template(dialogue, add_generation_prompt=True, return_dict=False)
     assert row["prompt"] == generation
-    for completion, text in (("chosen", chosen), ("rejected", rejected)):
-        whole = tok.apply_chat_template(prompt + answer(text), return_dict=False)
-        assert row["prompt"] + row[completion] == whole
+    for completion, text in ((row["chosen"], chosen), (row["rejected"], rejected)):
+        assert row["prompt"] + completion == tok.apply_chat_template(
+            dialogue + answer(text), return_dict=False
+        )
     return row
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_conversations_are_what_the_template_makes(name):
     template, prompt, completion = TEMPLATES[name]
-    tok = chat(template)
+    tok = tokenizer(template=template, tokens=CHAT_TOKENS)
     for dialogue in DIALOGUES:
         row = check_dialogue(tok, dialogue, "yo", "no")
         assert (row["prompt"] == ids(prompt, tok)) == (dialogue == user("hi"))
         assert row["chosen"] == ids(completion, tok)
         assert row["rejected"] == ids(completion.replace("yo", "no"), tok)
-    # The conversations part at a user's turn: the prompt is open at the end of the assistant's before.
+    # These part at a turn of the user: the assistant's before is the end of the prompt.
     chosen, rejected = (user("hi") + answer("a") + user(x) + answer("b") for x in "xy")
-    row = tokenize_pair({"chosen": chosen, "rejected": rejected}, tok, 999)
+    row = tokenize_pair(pair(None, chosen, rejected), tok, 999)
     assert row["prompt"] + row["chosen"] == tok.apply_chat_template(chosen, return_dict=False)
     assert row["prompt"] + row["rejected"] == tok.apply_chat_template(rejected, return_dict=False)
 
 
-@pytest.mark.parametrize("name", [PHI3])
-def test_phi_3_ends_a_chat_once(name):
-    tok = tokenizer(name)
+@needs_shared
+def test_phi_3_ends_a_chat_once():
+    tok = tokenizer("phi-3-mini-tokenizer")
     for dialogue in DIALOGUES:
         row = check_dialogue(tok, dialogue, "Yes, please.", "No.")
         assert tok.convert_ids_to_tokens(row["prompt"])[-1] == "<|assistant|>"
         for completion in (row["chosen"], row["rejected"]):
             assert tok.convert_ids_to_tokens(completion)[-2:] == ["<|end|>", "<|endoftext|>"]
-            assert tok.eos_token_id not in row["prompt"] + completion[:-1]
-            assert tok.bos_token_id not in row["prompt"] + completion
+            assert not {tok.bos_token_id, tok.eos_token_id} & {*row["prompt"], *completion[:-1]}
 
 
 def test_a_generation_prompt_that_the_finished_chat_lacks_is_left_out(tmp_path, capsys):
-    tok = chat(TURNS + ASKS + "<think>\n{% endif %}")
-    rows = [FORMATS["conversations"]("hi", "yo", "no")] * 2
+    tok = tokenizer(template=TURNS + ASKS.replace(START, START + "<think>\n"), tokens=CHAT_TOKENS)
+    rows = [pair(user("hi"), answer("yo"), answer("no"))] * 2
     train, _ = load(write(tmp_path / "pairs.jsonl", rows), tok)
-    assert train.rows["prompt"][0] == ids("<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n", tok)
+    assert train.rows["prompt"][0] == ids(HI + START, tok)
     assert train.rows["chosen"][0] == ids("yo<|im_end|>\n", tok)
     assert len(re.findall("in 2 training .*completion", capsys.readouterr().out)) == 1
 
 
 @needs_shared
 def test_politeness_pairs(capsys):
-    tok, path = tokenizer("phi-3-mini-tokenizer"), SHARED / "data" / "politeness"
-    for name, pairs in zip(("train", "test"), load(path, tok), strict=True):
+    path = SHARED / "data" / "politeness"
+    for name, pairs in zip(("train", "test"), load(path, tokenizer("phi-3-mini-tokenizer")), strict=True):
         raw = [json.loads(line) for line in (path / f"{name}.jsonl").read_text().splitlines()]
-        assert len(pairs.rows) == sum(row["chosen"] != row["rejected"] for row in raw) > 99
+        assert len(pairs.rows) == sum(row["chosen"] != row["rejected"] for row in raw) > 50
         for completions in (pairs.rows["chosen"], pairs.rows["rejected"]):
-            assert {tuple(ids[-2:]) for ids in completions} == {(32007, 32000)}  # <|end|><|endoftext|>
-    assert "spans" not in capsys.readouterr().out
+            assert {tuple(tokens[-2:]) for tokens in completions} == {(32007, 32000)}  # <|end|><|endoftext|>
+    assert " spans " not in capsys.readouterr().out
 
 
-# ------------------------------------------------------------------------------- what is cut, dropped,
-# refused
+# ------------------------------------------------------------------------------ what is cut, dropped, refused
 
 
-@pytest.mark.parametrize("max_length", range(1, 12))
+@pytest.mark.parametrize("max_length", range(1, 13))
 def test_max_length_cuts_the_ends_of_completions(max_length):
-    row = tokenize_pair({"prompt": "12345", "chosen": "abc", "rejected": "abxy z"}, tokenizer(), max_length)
+    row = tokenize_pair(pair("12345", "abc", "abxy z"), TOY, max_length)
     if max_length <= 5:
         assert f"no room within max_length {max_length}" in row["problem"]
     elif max_length <= 7:  # "a", "ab"
-        assert "identical" in row["problem"]
+        assert row["problem"] == "the completions are identical"
     else:
         assert not row["problem"] and row["prompt"] == ids("12345")
         assert row["prompt"] + row["chosen"] == ids("12345abc</s>")[:max_length]
         assert row["prompt"] + row["rejected"] == ids("12345abxy z</s>")[:max_length]
 
 
-EMPTY = [
-    ("a", "", "b"),
-    ("a", "b", None),
-    (None, "", ""),
-    (user("a"), answer(""), answer("b")),
+EMPTY = [("a", "", "b"), ("a", "b", None), (None, "", ""), (user("a"), answer(""), answer("b"))]
+EMPTY += [
     (user("a"), [], answer("b")),
+    (user("a"), "b", ""),
+    (None, user("a") + answer("b"), user("a") + answer("")),
 ]
-EMPTY += [(None, user("a") + answer("b"), user("a") + answer("")), (user("a"), "b", "")]
 
 
 @pytest.mark.parametrize("prompt, chosen, rejected", EMPTY)
 def test_empty_completions_are_found(prompt, chosen, rejected):
-    row = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
-    assert tokenize_pair(row, tokenizer(), 99)["problem"] == "a completion is empty"
+    assert tokenize_pair(pair(prompt, chosen, rejected), TOY, 99)["problem"] == "a completion is empty"
 
 
-def test_completions_without_a_token_are_empty():
+@pytest.mark.parametrize("prompt", ["", "a</s>"])
+def test_a_completion_without_a_token_is_empty(prompt):
     tok = tokenizer()
     tok.backend_tokenizer.normalizer = Strip()
-    for prompt in ("", "a</s>"):
-        row = tokenize_pair({"prompt": prompt, "chosen": " ", "rejected": "b"}, tok, 99)
-        assert row["problem"] or row["chosen"] and row["rejected"]
+    row = tokenize_pair(pair(prompt, " ", "b"), tok, 99)
+    assert row["problem"] == "a completion is empty" or row["chosen"] == [tok.eos_token_id]
 
 
 def test_dropped_pairs_are_counted_and_the_others_keep_what_is_theirs(tmp_path, capsys):
     pairs = [("123456789", "a", "b"), ("1", "", "b"), ("2", "a", "b"), ("3", "abc", "abc"), ("1", "a", "")]
     pairs += [("12", "abcdefgh", "abcdefxy"), ("4", "a", "b"), ("123456789", "a", "")]
-    rows = [
-        dict(zip(("prompt", "chosen", "rejected"), p, strict=True), answer=f"{i}")
-        for i, p in enumerate(pairs)
-    ]
+    rows = [pair(*parts) | {"answer": f"answer {i}"} for i, parts in enumerate(pairs)]
     train, _ = load(write(tmp_path / "pairs.jsonl", rows), max_length=8)
-    assert train.rows["answer"] == ["2", "6"]
-    assert train.rows["prompt"] == [ids("2"), ids("4")] and train.lengths.tolist() == [[1, 2, 2]] * 2
-    dropped = dict(re.findall(r"(\d+ of 8) training \w+ dropped: (.*)", capsys.readouterr().out))
-    assert Counter(dropped) == {
+    assert train.rows["answer"][:] == ["answer 2", "answer 6"]
+    assert train.rows["prompt"][:] == [ids("2"), ids("4")] and train.lengths.tolist() == [[1, 2, 2]] * 2
+    assert dict(re.findall(r"(\d of 8) training .*dropped: (.*)", capsys.readouterr().out)) == {
         "3 of 8": "a completion is empty",
         "2 of 8": "the completions are identical",
         "1 of 8": "the prompt leaves no room within max_length 8",
@@ -471,26 +405,23 @@ def test_dropped_pairs_are_counted_and_the_others_keep_what_is_theirs(tmp_path, 
 
 
 def test_a_thousand_dropped_pairs_do_not_hide_the_next(tmp_path):
-    rows = [FORMATS["texts"]("1", "", "b")] * 1001 + [FORMATS["texts"]("1", "a", "b")]
+    rows = [pair("1", "", "b")] * 1001 + [pair("1", "a", "b")]
     assert len(load(write(tmp_path / "pairs.jsonl", rows))[0].rows) == 1
 
 
-PAIR = {"prompt": "1", "chosen": "one", "rejected": "two"}
-CHAT = FORMATS["conversations"]("1", "a", "b")
-REFUSES = "{{ raise_exception('no system role') }}"
-ERRORS = {  # rows or the content of a file, what the message has to say
-    "all dropped": ([PAIR | {"chosen": ""}], "no training"),
-    "no column": ([{"question": "1", "chosen": "a"}], "question, chosen"),
-    "no template": ([CHAT], "chat template"),
-    "no template for prompts": ([CHAT | {"chosen": "a", "rejected": "b"}], "chat template"),
-    "a template that refuses": ([CHAT], "no system role"),
-    "another split": ([PAIR], "'validation'; it has train"),
+ONE, CHAT = pair("1", "one", "two"), pair(user("1"), answer("one"), answer("two"))
+ERRORS = {  # a row or the content of a file, what the message has to say
+    "all dropped": (ONE | {"chosen": ""}, "no training"),
+    "no column": ({"question": "1", "chosen": "a"}, "question, chosen"),
+    "no template": (CHAT, "chat template"),
+    "no template for the prompts": (CHAT | {"chosen": "a", "rejected": "b"}, "chat template"),
+    "another split": (ONE, "'validation'; it has train"),
     "no file": (None, "pairs.jsonl"),
     "no content": ("", "pairs.jsonl: ."),
     "malformed": ('{"prompt": "1", "cho', "JSON"),
-    "numbers": ([PAIR | {"chosen": 1, "rejected": 2}], "text"),
-    "dates": ([PAIR | {"chosen": "2020-01-01", "rejected": "2020-01-02"}], "text"),
-    "prompts that are numbers": ([PAIR | {"prompt": 1}], "text"),
+    "numbers": (ONE | {"chosen": 1, "rejected": 2}, "chosen.*text"),
+    "dates": (ONE | {"chosen": "2020-01-01", "rejected": "2020-01-02"}, "chosen.*text"),
+    "prompts that are numbers": (ONE | {"prompt": 1}, "prompt.*text"),
 }
 
 
@@ -499,30 +430,42 @@ def test_errors_are_one_line(error, tmp_path):
     content, says = ERRORS[error]
     tok, path = tokenizer(), tmp_path / "pairs.jsonl"
     if "template" in error:
-        tok.chat_template = REFUSES if "refuses" in error else None
+        tok.chat_template = None
     if content is not None:
-        path.write_text(content if isinstance(content, str) else json.dumps(content[0]))
+        path.write_text(content if isinstance(content, str) else json.dumps(content))
     with pytest.raises(SystemExit) as stop:
         load(path, tok, dataset_train_split="validation" if "split" in error else "train")
-    assert re.match(f"error: .*{says}", str(stop.value)) and "\n" not in str(stop.value)
+    assert re.fullmatch(f"error: .*{says}.*", str(stop.value))
 
 
-def test_tokens_are_not_those_of_an_earlier_version_of_the_code(tmp_path, monkeypatch):
-    """datasets caches by the name of a function in a module, not by its content."""
-    path = write(tmp_path / "pairs.jsonl", [PAIR])
-    assert load(path)[0].rows["prompt"] == [ids("1")]
-    assert load(path, max_length=3)[0].rows["chosen"] == [ids("on")]
-    edited = tmp_path / "common.py"
-    edited.write_text(
-        Path(common.__file__).read_text().replace("text, bos, eos = prompt", "text, bos, eos = '0' + prompt")
+def test_what_a_template_refuses_is_dropped(tmp_path, capsys):
+    tok = tokenizer(
+        template=TOY.chat_template + "{% if messages|length > 2 %}{{ raise_exception('long') }}{% endif %}"
     )
+    rows = [CHAT, CHAT | {"prompt": user("1") + answer("a") + user("2")}]
+    assert len(load(write(tmp_path / "pairs.jsonl", rows), tok)[0].rows) == 1
+    assert re.search("1 of 2 training .*dropped: .*long", capsys.readouterr().out)
+
+
+def test_tokens_are_not_those_of_an_earlier_run_with_other_code_or_arguments(tmp_path, monkeypatch):
+    path = write(tmp_path / "pairs.jsonl", [ONE])
+    assert load(path)[0].rows["prompt"][:] == [ids("1")]
+    assert load(path, max_length=3)[0].rows["chosen"][:] == [ids("on")]
+    # datasets.map takes a function of a module to be the same as long as its name is.
+    edited = tmp_path / "common.py"
+    code = Path(common.__file__).read_text()
+    edited.write_text(code.replace("room = max(0, max_length", "room = max(0, 2"))
     spec = importlib.util.spec_from_file_location("common", edited)
     module = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, "common", module)
-    spec.loader.exec_module(module)
-    rows = module.load_pairs(module.Arguments(dataset_name=str(path)), tokenizer())[0].rows
-    common.AttentionInterface.register("packed", common.packed_attention)  # as it was
-    assert rows["prompt"] == [ids("01")]
+    try:
+        spec.loader.exec_module(module)
+        train, _ = module.load_pairs(module.Arguments(dataset_name=str(path)), TOY)
+    finally:
+        common.AttentionInterface.register(
+            "packed", common.packed_attention
+        )  # the edited one's took its place
+    assert train.rows["chosen"][:] == [ids("o")]
 
 
 # ---------------------------------------------------------------------------------------------------- batches
@@ -547,43 +490,43 @@ def test_an_epoch_has_no_row_twice_and_batches_are_sorted(n, size, epochs, seed)
     assert (np.diff(lengths.sum(1)[batches], axis=1) >= 0).all()
 
 
-@pytest.mark.parametrize(
-    "pairs, epochs, steps", [(59, 1, 5), (59, 0.5, 3), (59, 2.2, 11), (59, 0.01, 1), (500, 1.1, 55)]
-)
+STEPS = [(59, 1, 5), (59, 0.5, 3), (59, 2.2, 11), (59, 0.01, 1), (500, 1.1, 55)]
+
+
+@pytest.mark.parametrize("pairs, epochs, steps", STEPS)
 def test_epochs_and_steps(pairs, epochs, steps):
-    lengths = some_lengths(pairs)
-    batches = global_batches(lengths, Arguments(batch_size=10, num_train_epochs=epochs))
-    assert len(batches) == steps
-    longer = global_batches(lengths, Arguments(batch_size=10, num_train_epochs=epochs, max_steps=steps + 20))
-    assert len(longer) == steps + 20 and (longer[:steps] == batches).all()
-    assert len(global_batches(lengths, Arguments(batch_size=10, num_train_epochs=9, max_steps=2))) == 2
+    def batches(**arguments):
+        return global_batches(some_lengths(pairs), Arguments(batch_size=10, **arguments))
+
+    run = batches(num_train_epochs=epochs)
+    assert len(run) == steps
+    longer = batches(num_train_epochs=epochs, max_steps=steps + 20)
+    assert len(longer) == steps + 20 and (longer[:steps] == run).all()
+    assert len(batches(num_train_epochs=9, max_steps=2)) == 2
 
 
 def test_batches_are_random_samples_by_seed_and_epoch(monkeypatch):
     lengths = some_lengths(43)
-    args = Arguments(batch_size=10, num_train_epochs=20, seed=1)
-    batches = global_batches(lengths, args)
-    samples = Counter(frozenset(batch.tolist()) for batch in batches)
-    samples.update(
-        frozenset(batch.tolist()) for batch in global_batches(lengths, Arguments(**vars(args) | {"seed": 2}))
-    )
-    assert samples.most_common(1)[0][1] == 1  # no batch comes again
-    assert {*range(43)} == {*batches.flat}  # what an epoch leaves out, others have
-    short = [lengths.sum(1)[batch].max() for batch in batches]
-    assert np.median(short) > np.quantile(lengths.sum(1), 0.8)  # a batch has pairs of all lengths
-    monkeypatch.setenv("RANK", "3"), monkeypatch.setenv("WORLD_SIZE", "5")
+    runs = [global_batches(lengths, Arguments(batch_size=10, num_train_epochs=20, seed=s)) for s in (1, 2)]
+    samples = Counter(frozenset(batch.tolist()) for run in runs for batch in run)
+    assert max(samples.values()) == 1  # none comes again, in another epoch or with another seed
+    assert {*runs[0].flat} == {*range(43)}  # what an epoch leaves out, another has
+    longest = lengths.sum(1)[runs[0]].max(1)
+    assert np.median(longest) > np.quantile(lengths.sum(1), 0.8)  # each has pairs of all lengths
     monkeypatch.setattr(common.dist, "get_rank", lambda: 3)
     monkeypatch.setattr(common.dist, "get_world_size", lambda: 5)
+    monkeypatch.setenv("RANK", "3")
     np.random.seed(3)
-    assert (global_batches(lengths, args) == batches).all()
+    assert (global_batches(lengths, Arguments(batch_size=10, num_train_epochs=20, seed=1)) == runs[0]).all()
 
 
-@pytest.mark.parametrize("world", [1, 2, 5])
 @pytest.mark.parametrize("size", [1, 2, 8])
+@pytest.mark.parametrize("world", [1, 2, 5])
 def test_processes_share_a_batch(world, size, monkeypatch):
-    draw = np.random.default_rng(0)
-    lengths = some_lengths(20)
-    columns = {p: [draw.integers(3, 60, n).tolist() for n in lengths[:, i]] for i, p in enumerate(PAIR)}
+    draw, lengths = np.random.default_rng(0), some_lengths(20)
+    columns = {
+        part: [draw.integers(3, 60, n).tolist() for n in lengths[:, i]] for i, part in enumerate(PARTS)
+    }
     pairs = Pairs(datasets.Dataset.from_dict(columns), lengths, reference_logps=draw.random((20, 2)))
     batch, seen, numbers = draw.permutation(20)[:12], [], set()
     monkeypatch.setattr(common.dist, "get_world_size", lambda: world)
@@ -592,11 +535,10 @@ def test_processes_share_a_batch(world, size, monkeypatch):
         parts = [*micro_batches(pairs, batch, size, torch.device("cpu"))]
         numbers.add(len(parts))
         for part in parts:
-            seen += part.rows.tolist()
             assert len(part.rows) <= size and part.step_pairs == 12
             assert part.step_tokens == tuple(lengths[batch].sum(0))
-            assert part.lengths.tolist() == lengths[part.rows, 1:].tolist()
-            labels = [t for row in part.rows for p in ("chosen", "rejected") for t in columns[p][row]]
+            labels = [token for row in part.rows for name in PARTS[1:] for token in columns[name][row]]
             assert part.labels.tolist() == labels
             assert part.reference_logps.tolist() == pairs.reference_logps[part.rows].tolist()
+            seen += part.rows.tolist()
     assert sorted(seen) == sorted(batch) and len(numbers) == 1
