@@ -10,7 +10,6 @@ import json
 import re
 import sys
 from collections import Counter
-from functools import cache
 from pathlib import Path
 
 import datasets
@@ -27,12 +26,11 @@ import common
 from common import Arguments, Pairs, extract_prompt, global_batches, load_pairs, micro_batches, tokenize_pair
 
 SHARED = Path(__file__).parents[2] / "shared"  # tokenizers of real models and real data, where there are any
-needs_shared = pytest.mark.skipif(not SHARED.exists(), reason="needs the tokenizers and data in ../shared")
-GPT2, PHI3, STORIES = (
-    pytest.param(name, marks=needs_shared)
-    for name in ("gpt2-tokenizer", "phi-3-mini-tokenizer", "stories260K")
-)
 TOYS = ["toy", "toy, adds BOS", "toy, adds BOS and EOS"]
+REAL = ["gpt2-tokenizer", "phi-3-mini-tokenizer", "stories260K"]
+here = (SHARED / "models" / REAL[0]).exists()
+needs_shared = pytest.mark.skipif(not here, reason="needs ../shared")
+GPT2, PHI3, STORIES = (pytest.param(name, marks=needs_shared) for name in REAL)
 PARTS = ("prompt", "chosen", "rejected")
 fast = settings(max_examples=100, deadline=None, derandomize=True, database=None)
 
@@ -42,18 +40,18 @@ def empty_cache(tmp_path_factory, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
 
 
-def tokenizer(name: str = "toy", template: str | None = None, tokens: list[str] = ()):
-    """A new one, which a test may change, with these additional tokens."""
-    if name not in TOYS:
+def tokenizer(name: str = "toy", template: str | None = None):
+    """A new one, which a test may change."""
+    if name in REAL:
         return AutoTokenizer.from_pretrained(SHARED / "models" / name)
-    toy = AutoTokenizer.from_pretrained(common.TOY / "sft")
-    if name != "toy":
-        around = "<s> $A </s>" if name.endswith("EOS") else "<s> $A"
-        toy.backend_tokenizer.post_processor = TemplateProcessing(
-            single=around, special_tokens=[("<s>", toy.bos_token_id), ("</s>", toy.eos_token_id)]
-        )
-    toy.add_tokens(tokens)
-    toy.chat_template = template or toy.chat_template
+    toy = AutoTokenizer.from_pretrained(Path(__file__).parent / "toy" / "sft")
+    if "adds" in name:
+        adds = {"single": "<s> $A </s>" if "EOS" in name else "<s> $A"}
+        adds["special_tokens"] = [("<s>", toy.bos_token_id), ("</s>", toy.eos_token_id)]
+        toy.backend_tokenizer.post_processor = TemplateProcessing(**adds)
+    if template:
+        toy.add_tokens(["<|im_start|>", "<|im_end|>", "<|end|>", "<think>", "</think>", "\n"])
+        toy.chat_template = template
     return toy
 
 
@@ -83,10 +81,8 @@ def write(path: Path, rows: list[dict]) -> Path:
     elif path.suffix == ".csv":
         with path.open("w", newline="") as file:
             csv.writer(file).writerows([rows[0], *(row.values() for row in rows)])
-    elif path.suffix == ".json":
-        path.write_text(json.dumps(rows))
     else:
-        path.write_text("\n".join(map(json.dumps, rows)))
+        path.write_text(json.dumps(rows) if path.suffix == ".json" else "\n".join(map(json.dumps, rows)))
     return path
 
 
@@ -106,23 +102,20 @@ FORMATS = {  # of a question, a chosen and a rejected answer
     "messages, answers texts": lambda q, c, r: (user(q), c, r),
 }
 FACTS = [("12", " twelve", " ten two"), ("7", " seven", " one"), ("30-1", " twenty-nine", " thirty one")]
-WANT = [(ids(f"<s>{q}="), ids(f"{c}</s>"), ids(f"{r}</s>")) for q, c, r in FACTS]
+KINDS = [".json", ".jsonl", ".csv", ".parquet", "directory"]  # in a csv file, there are no messages
+CASES = [(format, kind) for format in FORMATS for kind in KINDS if kind != ".csv" or "messages" not in format]
 
 
-@pytest.mark.parametrize("kind", [".json", ".jsonl", ".csv", ".parquet", "directory"])
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("format, kind", CASES)
 def test_what_says_the_same_has_the_same_tokens(format, kind, tmp_path, capsys):
-    if kind == ".csv" and "messages" in format:
-        pytest.skip("a csv file has texts only")
     rows = [pair(*FORMATS[format](*fact)) for fact in FACTS]
+    path = write(tmp_path / ("train.jsonl" if kind == "directory" else f"all [1]{kind}"), rows)
     if kind == "directory":
-        path = write(tmp_path / "train.jsonl", rows).parent
-        write(path / "test.jsonl", rows[1:])
-    else:
-        path = write(tmp_path / f"pairs{kind}", rows)
+        path = write(tmp_path / "test.jsonl", rows[1:]).parent
     train, test = load(path)
-    assert [*zip(*(train.rows[part] for part in PARTS), strict=True)] == WANT
-    assert train.lengths.tolist() == [[*map(len, parts)] for parts in WANT]
+    want = [(ids(f"<s>{q}="), ids(f"{c}</s>"), ids(f"{r}</s>")) for q, c, r in FACTS]
+    assert [*zip(*(train.rows[part] for part in PARTS), strict=True)] == want
+    assert train.lengths.tolist() == [[*map(len, parts)] for parts in want]
     if kind == "directory":
         assert test.rows[:] == train.rows[1:] and test.lengths.tolist() == train.lengths[1:].tolist()
         assert load(path, eval_strategy="no")[1] is None
@@ -137,21 +130,17 @@ def test_a_csv_file_has_texts_even_if_they_look_like_numbers_or_nothing(tmp_path
     assert train.rows["chosen"][:] == [ids("null</s>"), ids("a b</s>")]
 
 
-@pytest.mark.parametrize("kind", [".jsonl", ".parquet"])
-def test_templates_see_only_the_fields_that_a_message_has(kind, tmp_path):
+def test_templates_see_only_the_fields_that_a_message_has(tmp_path):
     prompt = [{"role": "user", "content": "a", "name": "x"}, *answer("b"), *user("c")]
-    tok = tokenizer(
-        template="{% for m in messages %}{% if 'name' in m %}-{% endif %}{{ m.content }}{% endfor %}"
-    )
-    train, _ = load(write(tmp_path / f"pairs{kind}", [pair(prompt, answer("d"), answer("e"))]), tok)
+    tok = tokenizer("toy", "{% for m in messages %}{{ '-' if 'name' in m }}{{ m.content }}{% endfor %}")
+    train, _ = load(write(tmp_path / "pairs.jsonl", [pair(prompt, answer("d"), answer("e"))]), tok)
     assert [train.rows[0][part] for part in PARTS] == [ids("-abc"), ids("d"), ids("e")]
 
 
 # ------------------------------------------------------------------------------------------------------ texts
 
 
-@pytest.mark.parametrize("end", ["", "EOS"])
-@pytest.mark.parametrize("begin", ["", "BOS"])
+@pytest.mark.parametrize("begin, end", [("", ""), ("BOS", ""), ("", "EOS"), ("BOS", "EOS")])
 @pytest.mark.parametrize("name", [*TOYS, GPT2, PHI3, STORIES])
 def test_texts_begin_with_one_bos_if_any_and_end_with_one_eos(name, begin, end):
     tok = tokenizer(name)
@@ -168,7 +157,7 @@ def test_texts_begin_with_one_bos_if_any_and_end_with_one_eos(name, begin, end):
     assert tok.decode(row["prompt"], skip_special_tokens=True) == "say hello" and not row["moved"]
 
 
-@pytest.mark.parametrize("name", ["toy", "toy, adds BOS and EOS"])
+@pytest.mark.parametrize("name", TOYS)
 def test_a_prompt_keeps_an_eos_of_its_own(name):
     row = tokenize_pair(pair("<s>a</s>", "b", "c</s>"), tokenizer(name), 99)
     assert [row[part] for part in PARTS] == [ids("<s>a</s>"), ids("b</s>"), ids("c</s>")]
@@ -186,22 +175,20 @@ def test_bos_stands_for_an_empty_prompt(name):
         assert "BOS" in tokenize_pair(pair("", "yes", "no"), tok, 99)["problem"]
 
 
-IMPLICIT = [  # chosen, rejected, the prompt in them
-    ("The sky", "The sky is blue", "The"),  # not "The sk", and something is left of both
-    ("The skyline", "The sky", "The"),
-    ("yes", "yes indeed", ""),
-    ("\n\nHuman: hi\n\nAssistant: Hello.", "\n\nHuman: hi\n\nAssistant: Hell", "\n\nHuman: hi\n\nAssistant:"),
-    (user("q") + answer("yes"), user("q") + answer("no"), user("q")),
-    (user("q") + answer("yes"), user("q") + answer("yes"), user("q")),
-    (user("q") + answer("a") + user("r") + answer("s"), user("q") + answer("a"), user("q")),
-    (answer("yes"), answer("no"), []),
+IMPLICIT = [  # the prompt, and what follows it in both completions
+    ("The", " sky", " sky is blue"),  # not "The sk", and something is left of both
+    ("The", " skyline", " sky"),
+    ("", "yes", "yes indeed"),
+    ("\n\nHuman: hi\n\nAssistant:", " Hello.", " Hell"),
+    (user("q"), answer("yes"), answer("yes")),
+    (user("q"), answer("a") + user("r") + answer("s"), answer("a")),
+    ([], answer("yes"), answer("no")),
 ]
 
 
-@pytest.mark.parametrize("chosen, rejected, prompt", IMPLICIT)
-def test_an_implicit_prompt_is_what_both_share(chosen, rejected, prompt):
-    n = len(prompt)
-    assert extract_prompt(chosen, rejected) == (prompt, chosen[n:], rejected[n:])
+@pytest.mark.parametrize("prompt, chosen, rejected", IMPLICIT)
+def test_an_implicit_prompt_is_what_both_share(prompt, chosen, rejected):
+    assert extract_prompt(prompt + chosen, prompt + rejected) == (prompt, chosen, rejected)
 
 
 words = st.text("ab \n", min_size=1, max_size=8)
@@ -221,131 +208,97 @@ def test_an_implicit_prompt_is_the_longest_that_splits_no_word_and_leaves_someth
 
 @pytest.mark.parametrize("name", ["toy", GPT2])
 def test_a_token_across_the_boundary_is_the_completions(name, tmp_path, capsys):
-    tok = tokenizer(name, tokens=["world", "worm"])
+    tok = tokenizer(name)
+    tok.add_tokens(["world", "worm"] if name == "toy" else [])
     rows = [pair("hello wor", "ld", "m"), pair("hello", " wor", " x"), pair("wor", "ld", "m")]
     train, _ = load(write(tmp_path / "pairs.jsonl", rows), tok)
-    for text, row in zip(rows, train.rows, strict=True):
+    starts = [tok.decode(prompt).strip() for prompt in train.rows["prompt"]]
+    assert starts == ["hello", "hello", tok.bos_token]
+    for text, row, start in zip(rows, train.rows, starts, strict=True):
         for part in ("chosen", "rejected"):
-            start = row["prompt"] if tok.decode(row["prompt"]) != tok.bos_token else []
-            assert start + row[part] == [*ids(text["prompt"] + text[part], tok), tok.eos_token_id]
-    assert [tok.decode(prompt).strip() for prompt in train.rows["prompt"]] == [
-        "hello",
-        "hello",
-        tok.bos_token,
-    ]
+            tokens = row[part] if start == tok.bos_token else row["prompt"] + row[part]
+            assert tokens == [*ids(text["prompt"] + text[part], tok), tok.eos_token_id]
     assert len(re.findall("in 2 training .* spans", capsys.readouterr().out)) == 1
 
 
-@cache
-def any_text_tokenizer():
-    return (tokenizer("gpt2-tokenizer"), None) if SHARED.exists() else (TOY, "0123456789abcxyz -=")
-
-
-texts = (
-    st.text(any_text_tokenizer()[1], max_size=9)
-    if any_text_tokenizer()[1]
-    else (st.text(max_size=9) | st.text("a \n", max_size=5) | st.sampled_from(["é", "e\u0301", "👩‍🚀"]))
-)
+BYTES, LETTERS = (tokenizer(REAL[0]), st.characters(codec="utf-8")) if here else (TOY, "01ab -=")
+texts = st.text(LETTERS, max_size=9) | st.text("hello world", max_size=9)
 
 
 @fast
 @given(texts, texts, texts)
+@example("hello wor", "ld", "m")
 @example("", " ", "a")
 def test_any_text_is_kept_whole_or_dropped(prompt, chosen, rejected):
-    tok, _ = any_text_tokenizer()
-    row = tokenize_pair(pair(prompt, chosen, rejected), tok, 1000)
+    row = tokenize_pair(pair(prompt, chosen, rejected), BYTES, 1000)
     assert bool(row["problem"]) == (not chosen or not rejected or chosen == rejected)
-    if not row["problem"]:
-        assert row["moved"] == (row["prompt"] != (ids(prompt, tok) or [tok.bos_token_id]))
-        for text, completion in ((prompt + chosen, row["chosen"]), (prompt + rejected, row["rejected"])):
-            tokens = row["prompt"] + completion
-            tokens = tokens[1:] if tokens[0] == tok.bos_token_id else tokens
-            assert completion and tokens == [*ids(text, tok), tok.eos_token_id]
-            assert tok.decode(tokens[:-1]) == text
+    if row["problem"]:
+        return
+    assert row["moved"] == (row["prompt"] != (ids(prompt, BYTES) or [BYTES.bos_token_id]))
+    for text, completion in ((prompt + chosen, row["chosen"]), (prompt + rejected, row["rejected"])):
+        tokens = row["prompt"] + completion
+        tokens = tokens[1:] if tokens[0] == BYTES.bos_token_id else tokens
+        assert completion and tokens == [*ids(text, BYTES), BYTES.eos_token_id]
+        assert BYTES.decode(tokens[:-1]) == text
 
 
 # ---------------------------------------------------------------------------------------------- conversations
 
-CHAT_TOKENS = ["<|im_start|>", "<|im_end|>", "<|end|>", "<think>", "</think>", "\n"]
-START, NO_THOUGHT = "<|im_start|>assistant\n", "<think>\n\n</think>\n\n"
 TURNS = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-SYSTEM = "{% if messages[0].role != 'system' %}<|im_start|>system\nbe kind<|im_end|>\n{% endif %}"
-THINKS = "{% if m.role == 'assistant' and loop.last %}" + NO_THOUGHT + "{% endif %}{{ m.content }}"
-ASKS = "{% if add_generation_prompt %}" + START + "{% endif %}"
-PHI = "{% for m in messages %}{{ m.role }}\n{{ m.content }}<|end|>\n{% endfor %}"
-PHI += "{% if add_generation_prompt %}assistant\n{% else %}{{ eos_token }}{% endif %}"
-HI = "<|im_start|>user\nhi<|im_end|>\n"
+ASKS = "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+KIND = "<|im_start|>system\nbe kind<|im_end|>\n"
+SYSTEM = "{% if messages[0].role != 'system' %}" + KIND + "{% endif %}"
+EMPTY_THOUGHT = "<think>\n\n</think>\n\n"
+THINKS = "{% if m.role == 'assistant' and loop.last %}" + EMPTY_THOUGHT + "{% endif %}{{ m.content }}"
+PHI = "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}<|end|>\n{% endfor %}"
+PHI += "{% if add_generation_prompt %}<|assistant|>\n{% else %}{{ eos_token }}{% endif %}"
+HI = "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
 TEMPLATES = {  # and what they make of the prompt "hi" and of the completion "yo"
     "toy": (TOY.chat_template, "<s>hi=", "yo</s>"),
-    "like Qwen2.5's": (SYSTEM + TURNS + ASKS, SYSTEM[37:-11] + HI + START, "yo<|im_end|>\n"),
-    "like Qwen3's": (
-        TURNS.replace("{{ m.content }}", THINKS) + ASKS,
-        HI + START,
-        NO_THOUGHT + "yo<|im_end|>\n",
-    ),
-    "like Phi-3's": (PHI, "user\nhi<|end|>\nassistant\n", "yo<|end|>\n</s>"),
+    "like Qwen2.5's": (SYSTEM + TURNS + ASKS, KIND + HI, "yo<|im_end|>\n"),
+    "like Qwen3's": (TURNS.replace("{{ m.content }}", THINKS) + ASKS, HI, EMPTY_THOUGHT + "yo<|im_end|>\n"),
+    "like Phi-3's": (PHI, "<|user|>\nhi<|end|>\n<|assistant|>\n", "yo<|end|>\n</s>"),
+    REAL[1]: (None, "<|user|>\nhi<|end|>\n<|assistant|>\n", "yo<|end|>\n<|endoftext|>"),
 }
-DIALOGUES = [
-    user("hi"),
-    user("hi") + answer("yes") + user("more"),
-    [{"role": "system", "content": "a"}, *user("hi")],
-]
+SYSTEM_TURN = [{"role": "system", "content": "a"}]
+DIALOGUES = [user("hi"), user("hi") + answer("yes") + user("no"), SYSTEM_TURN + user("hi")]
 
 
-def check_dialogue(tok, dialogue: list[dict], chosen: str, rejected: str) -> dict:
-    """The token ids of a pair, after a comparison with what the chat template makes."""
-    row = tokenize_pair(pair(dialogue, answer(chosen), answer(rejected)), tok, 999)
-    assert row == tokenize_pair(pair(None, dialogue + answer(chosen), dialogue + answer(rejected)), tok, 999)
-    assert not row["problem"] and not row["moved"]
-    generation = tok.apply_chat_template(dialogue, add_generation_prompt=True, return_dict=False)
-    assert row["prompt"] == generation
-    for completion, text in ((row["chosen"], chosen), (row["rejected"], rejected)):
-        assert row["prompt"] + completion == tok.apply_chat_template(
-            dialogue + answer(text), return_dict=False
-        )
-    return row
-
-
-@pytest.mark.parametrize("name", TEMPLATES)
+@pytest.mark.parametrize("name", [*list(TEMPLATES)[:-1], PHI3])
 def test_conversations_are_what_the_template_makes(name):
     template, prompt, completion = TEMPLATES[name]
-    tok = tokenizer(template=template, tokens=CHAT_TOKENS)
+    tok = tokenizer(name, template)
+
+    def chat(messages, **options):
+        return tok.apply_chat_template(messages, return_dict=False, **options)
+
     for dialogue in DIALOGUES:
-        row = check_dialogue(tok, dialogue, "yo", "no")
-        assert (row["prompt"] == ids(prompt, tok)) == (dialogue == user("hi"))
-        assert row["chosen"] == ids(completion, tok)
-        assert row["rejected"] == ids(completion.replace("yo", "no"), tok)
+        row = tokenize_pair(pair(dialogue, answer("yo"), answer("no")), tok, 999)
+        assert row == tokenize_pair(pair(None, dialogue + answer("yo"), dialogue + answer("no")), tok, 999)
+        assert row["prompt"] == chat(dialogue, add_generation_prompt=True) and not row["moved"]
+        assert row["prompt"] + row["chosen"] == chat(dialogue + answer("yo"))
+        assert row["prompt"] + row["rejected"] == chat(dialogue + answer("no"))
+        if dialogue == user("hi"):
+            assert row["prompt"] == ids(prompt, tok)
+            assert row["prompt"] + row["chosen"] == ids(prompt + completion, tok)
     # These part at a turn of the user: the assistant's before is the end of the prompt.
     chosen, rejected = (user("hi") + answer("a") + user(x) + answer("b") for x in "xy")
     row = tokenize_pair(pair(None, chosen, rejected), tok, 999)
-    assert row["prompt"] + row["chosen"] == tok.apply_chat_template(chosen, return_dict=False)
-    assert row["prompt"] + row["rejected"] == tok.apply_chat_template(rejected, return_dict=False)
-
-
-@needs_shared
-def test_phi_3_ends_a_chat_once():
-    tok = tokenizer("phi-3-mini-tokenizer")
-    for dialogue in DIALOGUES:
-        row = check_dialogue(tok, dialogue, "Yes, please.", "No.")
-        assert tok.convert_ids_to_tokens(row["prompt"])[-1] == "<|assistant|>"
-        for completion in (row["chosen"], row["rejected"]):
-            assert tok.convert_ids_to_tokens(completion)[-2:] == ["<|end|>", "<|endoftext|>"]
-            assert not {tok.bos_token_id, tok.eos_token_id} & {*row["prompt"], *completion[:-1]}
+    assert row["prompt"] + row["chosen"] == chat(chosen) and row["prompt"] + row["rejected"] == chat(rejected)
 
 
 def test_a_generation_prompt_that_the_finished_chat_lacks_is_left_out(tmp_path, capsys):
-    tok = tokenizer(template=TURNS + ASKS.replace(START, START + "<think>\n"), tokens=CHAT_TOKENS)
+    tok = tokenizer("toy", TURNS + ASKS.replace("assistant\n", "assistant\n<think>\n"))
     rows = [pair(user("hi"), answer("yo"), answer("no"))] * 2
     train, _ = load(write(tmp_path / "pairs.jsonl", rows), tok)
-    assert train.rows["prompt"][0] == ids(HI + START, tok)
-    assert train.rows["chosen"][0] == ids("yo<|im_end|>\n", tok)
+    assert train.rows["prompt"][0] == ids(HI, tok) and train.rows["chosen"][0] == ids("yo<|im_end|>\n", tok)
     assert len(re.findall("in 2 training .*completion", capsys.readouterr().out)) == 1
 
 
 @needs_shared
 def test_politeness_pairs(capsys):
     path = SHARED / "data" / "politeness"
-    for name, pairs in zip(("train", "test"), load(path, tokenizer("phi-3-mini-tokenizer")), strict=True):
+    for name, pairs in zip(("train", "test"), load(path, tokenizer(REAL[1])), strict=True):
         raw = [json.loads(line) for line in (path / f"{name}.jsonl").read_text().splitlines()]
         assert len(pairs.rows) == sum(row["chosen"] != row["rejected"] for row in raw) > 50
         for completions in (pairs.rows["chosen"], pairs.rows["rejected"]):
@@ -369,12 +322,9 @@ def test_max_length_cuts_the_ends_of_completions(max_length):
         assert row["prompt"] + row["rejected"] == ids("12345abxy z</s>")[:max_length]
 
 
-EMPTY = [("a", "", "b"), ("a", "b", None), (None, "", ""), (user("a"), answer(""), answer("b"))]
-EMPTY += [
-    (user("a"), [], answer("b")),
-    (user("a"), "b", ""),
-    (None, user("a") + answer("b"), user("a") + answer("")),
-]
+TURN, NOTHING = user("a") + answer("b"), user("a") + answer("")
+EMPTY = [("a", "", "b"), ("a", "b", None), (None, "", ""), (user("a"), "b", "")]
+EMPTY += [(user("a"), answer(""), answer("b")), (user("a"), [], answer("b")), (None, TURN, NOTHING)]
 
 
 @pytest.mark.parametrize("prompt, chosen, rejected", EMPTY)
@@ -439,32 +389,26 @@ def test_errors_are_one_line(error, tmp_path):
 
 
 def test_what_a_template_refuses_is_dropped(tmp_path, capsys):
-    tok = tokenizer(
-        template=TOY.chat_template + "{% if messages|length > 2 %}{{ raise_exception('long') }}{% endif %}"
-    )
+    refuses = "{% if messages[2] %}{{ raise_exception('too long') }}{% endif %}"
+    tok = tokenizer("toy", refuses + TOY.chat_template)
     rows = [CHAT, CHAT | {"prompt": user("1") + answer("a") + user("2")}]
     assert len(load(write(tmp_path / "pairs.jsonl", rows), tok)[0].rows) == 1
-    assert re.search("1 of 2 training .*dropped: .*long", capsys.readouterr().out)
+    assert re.search("1 of 2 training .*dropped: .*too long", capsys.readouterr().out)
 
 
-def test_tokens_are_not_those_of_an_earlier_run_with_other_code_or_arguments(tmp_path, monkeypatch):
+def test_tokens_are_not_those_of_an_earlier_run_with_other_arguments_or_code(tmp_path, monkeypatch):
     path = write(tmp_path / "pairs.jsonl", [ONE])
-    assert load(path)[0].rows["prompt"][:] == [ids("1")]
+    assert load(path)[0].rows["chosen"][:] == [ids("one</s>")]
     assert load(path, max_length=3)[0].rows["chosen"][:] == [ids("on")]
-    # datasets.map takes a function of a module to be the same as long as its name is.
-    edited = tmp_path / "common.py"
-    code = Path(common.__file__).read_text()
+    # To the cache of datasets.map, a module's function is the same as long as its name is.
+    edited, code = tmp_path / "common.py", Path(common.__file__).read_text()
     edited.write_text(code.replace("room = max(0, max_length", "room = max(0, 2"))
     spec = importlib.util.spec_from_file_location("common", edited)
     module = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, "common", module)
-    try:
-        spec.loader.exec_module(module)
-        train, _ = module.load_pairs(module.Arguments(dataset_name=str(path)), TOY)
-    finally:
-        common.AttentionInterface.register(
-            "packed", common.packed_attention
-        )  # the edited one's took its place
+    spec.loader.exec_module(module)
+    train, _ = module.load_pairs(module.Arguments(dataset_name=str(path)), TOY)
+    common.AttentionInterface.register("packed", common.packed_attention)  # as before
     assert train.rows["chosen"][:] == [ids("o")]
 
 
@@ -475,19 +419,22 @@ def some_lengths(n: int) -> np.ndarray:
     return np.random.default_rng(n).integers(1, 50, (n, 3))
 
 
+def batches(pairs: int, size: int, **arguments) -> np.ndarray:
+    return global_batches(some_lengths(pairs), Arguments(batch_size=size, **arguments))
+
+
 @fast
 @given(st.integers(1, 60), st.integers(1, 20), st.integers(1, 4), st.integers(0, 99))
 def test_an_epoch_has_no_row_twice_and_batches_are_sorted(n, size, epochs, seed):
-    lengths, args = some_lengths(n), Arguments(batch_size=size, num_train_epochs=epochs, seed=seed)
     if n < size:
         with pytest.raises(SystemExit, match=f"error: {n} pairs .* {n} at most"):
-            global_batches(lengths, args)
+            batches(n, size)
         return
-    batches = global_batches(lengths, args)
-    assert batches.shape == (n // size * epochs, size)
-    for epoch in batches.reshape(epochs, -1):
+    run = batches(n, size, num_train_epochs=epochs, seed=seed)
+    assert run.shape == (n // size * epochs, size)
+    for epoch in run.reshape(epochs, -1):
         assert len({*epoch}) == len(epoch) and {*epoch} <= {*range(n)}
-    assert (np.diff(lengths.sum(1)[batches], axis=1) >= 0).all()
+    assert (np.diff(some_lengths(n).sum(1)[run], axis=1) >= 0).all()
 
 
 STEPS = [(59, 1, 5), (59, 0.5, 3), (59, 2.2, 11), (59, 0.01, 1), (500, 1.1, 55)]
@@ -495,39 +442,32 @@ STEPS = [(59, 1, 5), (59, 0.5, 3), (59, 2.2, 11), (59, 0.01, 1), (500, 1.1, 55)]
 
 @pytest.mark.parametrize("pairs, epochs, steps", STEPS)
 def test_epochs_and_steps(pairs, epochs, steps):
-    def batches(**arguments):
-        return global_batches(some_lengths(pairs), Arguments(batch_size=10, **arguments))
-
-    run = batches(num_train_epochs=epochs)
-    assert len(run) == steps
-    longer = batches(num_train_epochs=epochs, max_steps=steps + 20)
-    assert len(longer) == steps + 20 and (longer[:steps] == run).all()
-    assert len(batches(num_train_epochs=9, max_steps=2)) == 2
+    run = batches(pairs, 10, num_train_epochs=epochs)
+    longer = batches(pairs, 10, num_train_epochs=epochs, max_steps=steps + 20)
+    assert len(run) == steps and len(longer) == steps + 20 and (longer[:steps] == run).all()
+    assert len(batches(pairs, 10, num_train_epochs=9, max_steps=2)) == 2
 
 
 def test_batches_are_random_samples_by_seed_and_epoch(monkeypatch):
-    lengths = some_lengths(43)
-    runs = [global_batches(lengths, Arguments(batch_size=10, num_train_epochs=20, seed=s)) for s in (1, 2)]
-    samples = Counter(frozenset(batch.tolist()) for run in runs for batch in run)
+    run, other = (batches(43, 10, num_train_epochs=20, seed=seed) for seed in (1, 2))
+    samples = Counter(frozenset(batch) for batch in [*run.tolist(), *other.tolist()])
     assert max(samples.values()) == 1  # none comes again, in another epoch or with another seed
-    assert {*runs[0].flat} == {*range(43)}  # what an epoch leaves out, another has
-    longest = lengths.sum(1)[runs[0]].max(1)
-    assert np.median(longest) > np.quantile(lengths.sum(1), 0.8)  # each has pairs of all lengths
+    assert {*run.flat} == {*range(43)}  # what an epoch leaves out, another has
+    lengths = some_lengths(43).sum(1)
+    assert np.median(lengths[run].max(1)) > np.quantile(lengths, 0.8)  # each has pairs of all lengths
     monkeypatch.setattr(common.dist, "get_rank", lambda: 3)
     monkeypatch.setattr(common.dist, "get_world_size", lambda: 5)
-    monkeypatch.setenv("RANK", "3")
     np.random.seed(3)
-    assert (global_batches(lengths, Arguments(batch_size=10, num_train_epochs=20, seed=1)) == runs[0]).all()
+    assert (batches(43, 10, num_train_epochs=20, seed=1) == run).all()
 
 
 @pytest.mark.parametrize("size", [1, 2, 8])
 @pytest.mark.parametrize("world", [1, 2, 5])
 def test_processes_share_a_batch(world, size, monkeypatch):
     draw, lengths = np.random.default_rng(0), some_lengths(20)
-    columns = {
-        part: [draw.integers(3, 60, n).tolist() for n in lengths[:, i]] for i, part in enumerate(PARTS)
-    }
-    pairs = Pairs(datasets.Dataset.from_dict(columns), lengths, reference_logps=draw.random((20, 2)))
+    tokens = [[draw.integers(60, size=n).tolist() for n in row] for row in lengths]
+    rows = datasets.Dataset.from_list([dict(zip(PARTS, row, strict=True)) for row in tokens])
+    pairs = Pairs(rows, lengths, reference_logps=draw.random((20, 2)))
     batch, seen, numbers = draw.permutation(20)[:12], [], set()
     monkeypatch.setattr(common.dist, "get_world_size", lambda: world)
     for rank in range(world):
@@ -537,8 +477,7 @@ def test_processes_share_a_batch(world, size, monkeypatch):
         for part in parts:
             assert len(part.rows) <= size and part.step_pairs == 12
             assert part.step_tokens == tuple(lengths[batch].sum(0))
-            labels = [token for row in part.rows for name in PARTS[1:] for token in columns[name][row]]
-            assert part.labels.tolist() == labels
+            assert part.labels.tolist() == sum((tokens[row][1] + tokens[row][2] for row in part.rows), [])
             assert part.reference_logps.tolist() == pairs.reference_logps[part.rows].tolist()
             seen += part.rows.tolist()
     assert sorted(seen) == sorted(batch) and len(numbers) == 1
