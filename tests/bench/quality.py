@@ -71,8 +71,7 @@ def main() -> None:
             cells.append(f"{scale * mean(values):.1f} ± {scale * stdev(values):.1f}" if values else "")
         print(f"| {' | '.join(cells)} |")
 
-    print("
-| method | greedy exact match, % | sampled, % | log π(chosen) | distinct of 4 samples |")
+    print("\n| method | greedy exact match, % | sampled, % | log π(chosen) | distinct of 4 samples |")
     print("|---|---|---|---|---|")
     row("SFT", [results["runs"][f"dpo.py --seed {seed}"]["before"] for seed in SEEDS])
     for name, command in RUNS.items():
