@@ -78,8 +78,9 @@ class PowerDifference(torch.autograd.Function):
 
 
 def log_odds(logps: Tensor) -> Tensor:
-    """log p/(1-p) of p = e^logps, of any shape, for metrics: it has no safe gradient."""
-    return logps - torch.where(logps > -math.log(2), (-torch.expm1(logps)).log(), torch.log1p(-logps.exp()))
+    """log p/(1-p) of p = e^logps, of any shape: exact for p near 1, and finite even where p is rounded to 1."""
+    logps = logps.clamp(max=-torch.finfo(logps.dtype).tiny)
+    return logps - (-torch.expm1(logps)).log()
 
 
 # -------------------------------------------------------------------------------------------------- arguments

@@ -41,15 +41,9 @@ def orpo_loss(chosen_logps: Tensor, rejected_logps: Tensor) -> Tensor:
 
 
 def log_odds(logps: Tensor) -> Tensor:
-    """log p/(1-p) of p = e^logps, of any shape."""
-    likely = logps > -math.log(2)
-    # The branch not taken gets a harmless input: its infinite slope times 0 would be a NaN in the gradient.
-    log1mp = torch.where(
-        likely,
-        (-torch.expm1(torch.where(likely, logps, -1.0))).log(),
-        torch.log1p(-torch.where(likely, -1.0, logps).exp()),
-    )
-    return logps - log1mp
+    """log p/(1-p) of p = e^logps, of any shape: exact for p near 1, and finite even where p is rounded to 1."""
+    logps = logps.clamp(max=-torch.finfo(logps.dtype).tiny)
+    return logps - (-torch.expm1(logps)).log()
 
 
 # -------------------------------------------------------------------------------------------------- arguments

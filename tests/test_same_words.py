@@ -38,6 +38,10 @@ def test_the_power_difference_is_the_same():
     assert lines_of("dpo.py", "PowerDifference") == lines_of("alphapo.py", "PowerDifference")
 
 
+def test_the_odds_are_the_same():
+    assert lines_of("orpo.py", "log_odds") == lines_of("alphapo.py", "log_odds")
+
+
 def test_scripts_have_the_same_sections_in_the_same_order():
     for script in ("dpo.py", "cpo.py", "alphapo.py", "orpo.py"):
         text = (ROOT / script).read_text()
