@@ -78,7 +78,7 @@ class PowerDifference(torch.autograd.Function):
 
 
 def log_odds(logps: Tensor) -> Tensor:
-    """log p/(1-p) of p = e^logps, of any shape: exact for p near 1, and finite even where p is rounded to 1."""
+    """log p/(1-p) of p = e^logps, of any shape: exact for p near 1, finite even for a p rounded to 1."""
     logps = logps.clamp(max=-torch.finfo(logps.dtype).tiny)
     return logps - (-torch.expm1(logps)).log()
 

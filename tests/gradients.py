@@ -37,6 +37,11 @@ CASES = {
         "uniform": {"cpo_alpha": 0.0},
     },
     "alphapo": {"alphapo": {}, "negative": {"alpha": -0.5}},
+    "xpo": {
+        "xpo": {"alpha": [0.3]},
+        "online dpo": {"alpha": [0.0]},
+        "ipo": {"alpha": [0.3], "loss_type": "ipo"},
+    },
     "orpo": {"orpo": {}, "no_prompt_loss": {"no_prompt_loss": True}},
 }
 
@@ -49,6 +54,9 @@ def step(script, args, policy, reference, pairs, micro_batch: int) -> tuple[dict
             loss, metrics = script.loss_and_metrics(
                 policy, reference, batch, args, bco_delta=torch.tensor(0.3)
             )
+        elif args.method == "xpo":
+            wins = torch.from_numpy(batch.rows % 2 == 0)
+            loss, metrics = script.loss_and_metrics(policy, reference, batch, wins, args, epoch=0)
         else:
             loss, metrics = script.loss_and_metrics(policy, batch, args)
         (loss * torch.distributed.get_world_size()).backward()
@@ -79,7 +87,8 @@ def main(model: str, out: str, *methods: str) -> None:
         script = importlib.import_module(method)
         for case, options in CASES[method].items():
             args = script.Arguments(**arguments, **options)
-            script.check(args)
+            if method != "xpo":
+                script.check(args)
             args.method = method
             for size in (8 // world,) if "aot" in str(options) else (8 // world, 3, 1):
                 results[method, case, size] = step(script, args, policy, reference, pairs, size)

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parent.parent
 SHORT = (
     "--max_steps 6 --batch_size 8 --eval_prompts 4 --max_new_tokens 8 --eval_steps 3 --save_steps 2".split()
 )
-TIMES = ("pairs_per_second", "tokens_per_second", "peak_memory_gib")
+TIMES = ("pairs_per_second", "tokens_per_second", "peak_memory_gib", "generation", "scoring", "time/training")
 
 
 def command(script: str, output_dir: Path, *flags: str, processes: int = 1) -> list[str]:

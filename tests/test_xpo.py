@@ -1,0 +1,247 @@
+"""XPO: the loss, the samples, who decides, and the whole script."""
+
+import json
+import signal
+from math import exp, log
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import SMALL, tiny
+from test_runs import SHORT, assert_same_run, metrics_of, run, stop, succeed
+from transformers import AutoTokenizer, LlamaConfig, LlamaForSequenceClassification
+
+import common
+import xpo
+from common import TOY_MODEL
+from dpo import dpo_loss
+from xpo import at, load_judge, load_scorer, sample, tokenize_prompt, xpo_loss
+
+
+def double(*numbers):
+    return torch.tensor(numbers, dtype=torch.float64, requires_grad=True)
+
+
+# -------------------------------------------------------------------------------------------- the loss
+
+
+def test_worked_example():
+    """Policy -3 and -5, reference -4 and -4.5: log-ratios 1 and -.5, their difference 1.5; at β .2, z = .3."""
+    logps = double(-3.0), double(-5.0), double(-4.0), double(-4.5)
+    for wins, z in ((True, 0.3), (False, -0.3)):
+        loss = xpo_loss(*logps, torch.tensor([wins]), beta=0.2, alpha=0.01)
+        assert loss.item() == pytest.approx(log(1 + exp(-z)) - 0.01 * 5)
+        loss = xpo_loss(*logps, torch.tensor([wins]), beta=0.2, alpha=0.01, loss_type="ipo")
+        assert loss.item() == pytest.approx(((1.5 if wins else -1.5) - 2.5) ** 2 - 0.01 * 5)
+
+
+@pytest.mark.parametrize("loss_type", ["sigmoid", "ipo"])
+def test_without_exploration_it_is_online_dpo(loss_type):
+    y, ref, ref_y, ref_ref = (torch.randn(50, dtype=torch.float64) * 20 - 30 for _ in range(4))
+    wins = torch.rand(50) < 0.5
+    chosen, rejected = torch.where(wins, y, ref), torch.where(wins, ref, y)
+    ref_chosen, ref_rejected = torch.where(wins, ref_y, ref_ref), torch.where(wins, ref_ref, ref_y)
+    want = dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta=0.3, loss_type=loss_type)
+    torch.testing.assert_close(
+        xpo_loss(y, ref, ref_y, ref_ref, wins, beta=0.3, alpha=0, loss_type=loss_type), want
+    )
+
+
+def test_the_bonus_acts_on_the_references_sample_whoever_wins():
+    for wins in (True, False):
+        logps = double(-3.0), double(-5.0), double(-4.0), double(-4.5)
+        slopes = []
+        for alpha in (0.0, 0.25):
+            loss = xpo_loss(*logps, torch.tensor([wins]), alpha=alpha)
+            slopes.append(torch.stack([g[0] for g in torch.autograd.grad(loss.sum(), logps)]))
+        torch.testing.assert_close(slopes[1] - slopes[0], torch.tensor([0, 0.25, 0, 0], dtype=torch.float64))
+
+
+@pytest.mark.parametrize("options", [{"beta": 0}, {"loss_type": "hinge"}])
+def test_what_is_not_defined_is_refused(options):
+    with pytest.raises(ValueError):
+        xpo_loss(*[double(-1.0)] * 4, torch.tensor([True]), **options)
+
+
+def test_the_last_value_of_a_schedule_holds():
+    assert [at([0.1, 0.2, 0.3], epoch) for epoch in range(5)] == [0.1, 0.2, 0.3, 0.3, 0.3]
+
+
+# ----------------------------------------------------------------------------------------- the samples
+
+
+def arguments(**changes):
+    options = {"model_name_or_path": "m", "dataset_name": "d", "judge": "j", "max_new_tokens": 8} | changes
+    return xpo.Arguments(**options)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_samples_follow_the_models_distribution(temperature):
+    """Chi-square of first tokens, from a checkpoint whose own generation config would have changed them."""
+    model, tokenizer = tiny("gpt2", vocab_size=8), SimpleNamespace(eos_token_id=2, pad_token_id=2)
+    model.generation_config.top_k, model.generation_config.temperature = 2, 0.1
+    model.generation_config.repetition_penalty = 1.5
+    args = arguments(max_new_tokens=1, temperature=temperature, per_device_eval_batch_size=1000)
+    common.seed(1, 2, 3)
+    n = 4000
+    found = common.generate(model, tokenizer, [[3, 4]] * n, args, **xpo.sampling(args))
+    counts = torch.tensor([y[0] for y in found]).bincount(minlength=8)
+    probs = (model(torch.tensor([[3, 4]])).logits[0, -1] / temperature).softmax(-1)
+    chi_square = ((counts - n * probs) ** 2 / (n * probs)).sum().item()
+    assert chi_square < 24.3  # 7 degrees of freedom: by chance in one of 1,000 cases
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_padding_on_the_left_changes_nothing(kind):
+    model, tokenizer = tiny(kind).eval(), SimpleNamespace(eos_token_id=2, pad_token_id=2)
+    prompts = [
+        [5, 6, 7, 8, 9, 10],
+        [11],
+        [2, 12, 13],
+    ]  # the last one has an EOS in it, which is the padding, too
+    args = arguments(per_device_eval_batch_size=3)
+    together = common.generate(model, tokenizer, prompts, args, do_sample=False)
+    assert together == [common.generate(model, tokenizer, [p], args, do_sample=False)[0] for p in prompts]
+    assert all(2 not in y[:-1] and len(y) <= 8 for y in together)
+
+
+def test_prompts_without_room_are_dropped():
+    tokenizer = AutoTokenizer.from_pretrained(TOY_MODEL)
+    row = {"prompt": [{"role": "user", "content": "3942"}]}
+    fits = tokenize_prompt(row, tokenizer, 16, max_new_tokens=10)
+    assert tokenizer.decode(fits["prompt"]) == "<s>3942=" and json.loads(fits["raw"]) == row["prompt"]
+    assert "no room for 10" in tokenize_prompt(row, tokenizer, 15, max_new_tokens=10)["problem"]
+    assert tokenize_prompt({"prompt": ""}, tokenizer, 16, max_new_tokens=10)["problem"]
+    pair = {"chosen": "12=a b", "rejected": "12=a c"}
+    assert json.loads(tokenize_prompt(pair, tokenizer, 16, max_new_tokens=1)["raw"]) == "12=a"
+
+
+# ----------------------------------------------------------------------------------------- who decides
+
+
+def two_models(monkeypatch, policy_says: list[int], reference_says: list[int]) -> None:
+    said = iter([policy_says, reference_says])
+    monkeypatch.setattr(common, "generate", lambda *args, **options: next(said))
+
+
+def sampled(monkeypatch, decide, **options):
+    """Samples of two prompts: the policy answers '7' and '8' with EOS, the reference '9' without and '8' with."""
+    tokenizer = AutoTokenizer.from_pretrained(TOY_MODEL)
+    encode, eos = (lambda text: tokenizer(text)["input_ids"]), tokenizer.eos_token_id
+    two_models(monkeypatch, [[*encode("7"), eos], [*encode("8"), eos]], [encode("9"), [*encode("8"), eos]])
+    model = SimpleNamespace(generation_config=SimpleNamespace(eos_token_id=eos))
+    rows = {"prompt": [encode("1="), encode("2=")], "raw": ['"1="', '"2="']}
+    return sample(model, model, decide, tokenizer, rows, arguments(**options))
+
+
+def test_scores_decide_and_a_missing_eos_costs(monkeypatch):
+    def decide(prompts, texts):
+        return torch.tensor([float(text) for text in texts])
+
+    samples = sampled(monkeypatch, decide, judge=None, reward_model_path="r")
+    assert samples.texts == [("7", "9"), ("8", "8")]
+    assert samples.preferences.tolist() == [-1, 0] and samples.scores.tolist() == [[7, 9], [8, 8]]
+    assert samples.ended.tolist() == [[True, False], [True, True]]
+    samples = sampled(monkeypatch, decide, judge=None, reward_model_path="r", missing_eos_penalty=3.0)
+    assert samples.preferences.tolist() == [1, 0] and samples.scores.tolist() == [[7, 6], [8, 8]]
+
+
+def test_a_judge_sees_the_answers_in_random_order(monkeypatch):
+    orders = set()
+
+    def larger(prompts, pairs):
+        assert prompts == ["1=", "2="]
+        orders.add(pairs[0])
+        return [0 if a > b else 1 if b > a else -1 for a, b in pairs]
+
+    for attempt in range(20):
+        common.seed(attempt)
+        assert sampled(monkeypatch, larger).preferences.tolist() == [-1, 0]
+    assert orders == {("7", "9"), ("9", "7")}
+    totals = sum(sampled(monkeypatch, lambda prompts, pairs: [0, 0]).preferences for _ in range(200))
+    assert totals.abs().max() < 60  # one that favours the first answer favours no model
+
+
+def test_rewards_are_read_at_the_last_real_token(tmp_path, monkeypatch):
+    """Also where padding is EOS, which texts end in."""
+    torch.manual_seed(0)
+    config = LlamaConfig(**SMALL | {"num_labels": 1, "pad_token_id": 2, "initializer_range": 0.3})
+    model = LlamaForSequenceClassification(config)
+    model.save_pretrained(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(TOY_MODEL)
+    tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.save_pretrained(tmp_path)
+    args = arguments(judge=None, reward_model_path=str(tmp_path), bf16=False, per_device_eval_batch_size=3)
+    scores = load_scorer(args, torch.device("cpu"))
+    prompts = [[{"role": "user", "content": text}] for text in ("1", "22222", "333")]
+    answers = ["one", "a longer one", ""]
+    want = []
+    for prompt, answer in zip(prompts, answers, strict=True):
+        ids = common.encode(tokenizer, prompt, [{"role": "assistant", "content": answer}])
+        assert ids[-1] == tokenizer.eos_token_id
+        want.append(model.score(model.model(torch.tensor([ids])).last_hidden_state)[0, -1, 0].item())
+    assert scores(prompts, answers).tolist() == pytest.approx(want, abs=1e-5)
+    assert len({round(value, 3) for value in want}) == 3
+
+
+def test_judges_are_functions_of_files(tmp_path):
+    (tmp_path / "j.py").write_text("def better(prompts, pairs):\n    return [0]\n")
+    assert load_judge(f"{tmp_path}/j.py:better")([], []) == [0]
+    for wrong in (f"{tmp_path}/j.py:worse", f"{tmp_path}/k.py:better", "better"):
+        with pytest.raises(ValueError):
+            load_judge(wrong)
+
+
+# ------------------------------------------------------------------------------------ the whole script
+
+JUDGE = """
+def longer(prompts, pairs):
+    return [-1 if len(a) == len(b) else int(len(b) > len(a)) for a, b in pairs]
+"""
+
+
+@pytest.fixture
+def judge(tmp_path):
+    (tmp_path / "judge.py").write_text(JUDGE)
+    data = ["--model_name_or_path", TOY_MODEL, "--dataset_name", common.TOY_DATA, "--learning_rate", "1e-3"]
+    return [*data, "--judge", f"{tmp_path}/judge.py:longer", *SHORT, "--max_new_tokens", "24"]
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_resumed_run_is_bitwise_the_uninterrupted_one(tmp_path, judge, processes):
+    flags = [*judge, "--sync_ref_model", "--ref_model_sync_steps", "2", "--alpha", "1e-3", "0"]
+    succeed("xpo.py", tmp_path / "a", *flags, processes=processes)
+    stop("xpo.py", tmp_path / "b", *flags, after_steps=3, by=signal.SIGKILL, processes=processes)
+    succeed("xpo.py", tmp_path / "b", *flags, processes=processes)
+    assert_same_run(tmp_path / "a", tmp_path / "b")
+    last = metrics_of(tmp_path / "a")[-1]
+    assert 0 <= last["eval_objective/win_rate"] <= 1 and 1 <= last["eval_distinct_of_4"] <= 4
+    sample = json.loads((tmp_path / "a" / "completions.jsonl").read_text().splitlines()[0])
+    assert {"step", "prompt", "greedy", "sampled", "answer", "texts", "preference"} <= sample.keys()
+
+
+def test_processes_sample_independently(tmp_path, judge):
+    """Asked the same, with the same model, two processes do not say the same."""
+    (tmp_path / "data").mkdir()
+    rows = [{"prompt": [{"role": "user", "content": "7777"}]}] * 8
+    for name in ("train.jsonl", "test.jsonl"):
+        (tmp_path / "data" / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = [*judge, "--dataset_name", f"{tmp_path}/data", "--max_steps", "1", "--temperature", "3"]
+    succeed("xpo.py", tmp_path / "a", *flags, processes=2)
+    lines = [json.loads(line) for line in (tmp_path / "a" / "completions.jsonl").read_text().splitlines()]
+    first, second, *_ = (line["texts"] for line in lines)  # of rank 0 and rank 1
+    assert first[0] != second[0] and first[1] != second[1]
+
+
+def test_a_judge_that_fails_is_named(tmp_path):
+    result = run(
+        "xpo.py",
+        tmp_path / "a",
+        "--judge",
+        "nowhere.py:f",
+        "--model_name_or_path",
+        "m",
+        "--dataset_name",
+        "d",
+    )
+    assert result.returncode == 1 and "nowhere.py is no file" in result.stderr
