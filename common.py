@@ -3,7 +3,9 @@
 What decides the gradient is not here but in the scripts: losses, how log-probabilities are reduced, the step.
 """
 
+import csv
 import difflib
+import glob
 import importlib.util
 import json
 import math
@@ -32,6 +34,8 @@ import torch.distributed.checkpoint as dcp
 import torch.distributed.checkpoint.state_dict as dsd
 import torch.nn.functional as F
 import transformers
+from datasets.fingerprint import Hasher
+from jinja2 import TemplateError
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.utils.checkpoint import checkpoint
@@ -292,11 +296,19 @@ def load_pairs(args: Arguments, tokenizer, **options) -> tuple[Pairs, Pairs | No
     kind = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}.get(path.suffix)
     try:
         if path.is_file() and kind:
-            splits = datasets.load_dataset(kind, data_files=str(path))
+            reading = {}
+            if kind == "csv":  # all are texts, also 007 and null
+                text, columns = datasets.Value("string"), next(csv.reader(path.open(newline="")))
+                reading = {
+                    "features": datasets.Features(dict.fromkeys(columns, text)),
+                    "keep_default_na": False,
+                }
+            splits = datasets.load_dataset(kind, data_files=glob.escape(str(path)), **reading)
         else:
             splits = datasets.load_dataset(args.dataset_name, args.dataset_config)
     except Exception as error:  # of many types: missing, malformed, no network
-        fail(f"cannot load the dataset {args.dataset_name}: {first_line(error)}")
+        cause = error.__cause__ or error
+        fail(f"cannot load the dataset {args.dataset_name}: {type(cause).__name__} {first_line(cause)}")
     if args.dataset_train_split not in splits:
         fail(f"{args.dataset_name} has no split '{args.dataset_train_split}'; it has {', '.join(splits)}")
     train = tokenize_pairs(splits[args.dataset_train_split], "training", args, tokenizer, **options)
@@ -315,15 +327,37 @@ def tokenize_pairs(
     tokenize, found = tokenize or tokenize_pair, raw.column_names
     if not {"chosen", "rejected"} <= {*found} and (tokenize is tokenize_pair or "prompt" not in found):
         fail(f"the {name} data need columns chosen and rejected (or prompt for XPO), not {', '.join(found)}")
-    first = raw[0] if len(raw) else {}
-    if any(isinstance(first.get(c), list) for c in ("prompt", "chosen")) and not tokenizer.chat_template:
-        fail("the data are conversations, but the tokenizer has no chat template")
+    if not len(raw):
+        fail(f"the {name} data are empty")
+    for column in {"prompt", "chosen", "rejected"} & {*found}:
+        if not isinstance(raw[0][column], str | list | None):
+            kind = type(raw[0][column]).__name__
+            fail(f"column {column} of the {name} data has {kind}s, not texts or messages")
+        if isinstance(raw[0][column], list) and not tokenizer.chat_template:
+            fail("the data are conversations, but the tokenizer has no chat template")
     first_here = int(os.environ.get("LOCAL_RANK", 0)) == 0
     if not first_here:  # wait for the first process of this machine, then find its work in the cache
         dist.barrier()
     options = {"tokenizer": tokenizer, "max_length": args.max_length}
-    columns = [column for column in found if column != "answer"]
-    rows = raw.map(tokenize, fn_kwargs=options, remove_columns=columns, num_proc=args.dataset_num_proc)
+    kinds = {
+        list: datasets.List(datasets.Value("int32")),
+        str: datasets.Value("string"),
+        bool: datasets.Value("bool"),
+    }
+    features = {key: kinds[type(value)] for key, value in tokenize(raw[0], **options).items()}
+    features |= {"answer": raw.features["answer"]} if "answer" in found else {}
+    columns, processes = [column for column in found if column != "answer"], args.dataset_num_proc
+    # Not the default fingerprint, to which a function is the same as long as its name is.
+    code = [Path(module.__file__).read_text() for module in (sys.modules[__name__], sys.modules["__main__"])]
+    fingerprint = Hasher.hash([raw._fingerprint, code, tokenizer, args.max_length, args.max_new_tokens])
+    rows = raw.map(
+        tokenize,
+        fn_kwargs=options,
+        remove_columns=columns,
+        features=datasets.Features(features),
+        num_proc=processes,
+        new_fingerprint=fingerprint,
+    )
     if first_here:
         dist.barrier()
 
@@ -354,18 +388,25 @@ def tokenize_pair(row: dict, tokenizer, max_length: int) -> dict:
     """Token ids `prompt`, `chosen`, `rejected` of one pair, or the `problem` that forbids to train on it."""
     prompt, chosen, rejected = row.get("prompt"), row["chosen"], row["rejected"]
     result = {"prompt": [], "chosen": [], "rejected": [], "problem": "", "moved": False}
-    if is_empty(chosen) or is_empty(rejected):
+    if not chosen or not rejected:
         return result | {"problem": "a completion is empty"}
     if isinstance(prompt, list) and isinstance(chosen, str):
         chosen, rejected = ([{"role": "assistant", "content": y}] for y in (chosen, rejected))
-    if prompt is None or isinstance(prompt, str) != isinstance(chosen, str):
+    if isinstance(prompt, str) and isinstance(chosen, list):  # unless the answers have it, too
+        prompt = [{"role": "user", "content": prompt}] if chosen[0]["role"] == "assistant" else None
+    if prompt is None:
         prompt, chosen, rejected = extract_prompt(chosen, rejected)
+    if is_empty(chosen) or is_empty(rejected):
+        return result | {"problem": "a completion is empty"}
     if prompt == []:
         return result | {"problem": "the conversations share no message"}
 
     # Tokens may span the boundary or depend on what follows: the prompt is what all three have in common.
-    alone = encode(tokenizer, prompt)
-    chosen, rejected = encode(tokenizer, prompt, chosen), encode(tokenizer, prompt, rejected)
+    try:
+        alone = encode(tokenizer, prompt)
+        chosen, rejected = encode(tokenizer, prompt, chosen), encode(tokenizer, prompt, rejected)
+    except TemplateError as error:  # such as two answers in a row
+        return result | {"problem": f"the chat template refuses it: {first_line(error)}"}
     shared = min(shared_length(alone, chosen), shared_length(alone, rejected))
     prompt, chosen, rejected = alone[:shared], chosen[shared:], rejected[shared:]
     if not prompt:  # the first token of a completion has to be predicted from something
@@ -376,15 +417,17 @@ def tokenize_pair(row: dict, tokenizer, max_length: int) -> dict:
     chosen, rejected = chosen[:room], rejected[:room]
     if not room:
         return result | {"problem": f"the prompt leaves no room within max_length {max_length}"}
+    if not chosen or not rejected:
+        return result | {"problem": "a completion is empty"}
     if chosen == rejected:
         return result | {"problem": "the completions are identical"}
     return result | {"prompt": prompt, "chosen": chosen, "rejected": rejected, "moved": shared < len(alone)}
 
 
-def is_empty(completion: str | list[dict] | None) -> bool:
-    if isinstance(completion, list):
-        return not any(message.get("content") or message.get("tool_calls") for message in completion)
-    return not completion
+def is_empty(completion: str | list[dict]) -> bool:
+    if isinstance(completion, str):
+        return not completion
+    return not any(message.get("content") or message.get("tool_calls") for message in completion)
 
 
 def extract_prompt(chosen, rejected) -> tuple:
@@ -416,9 +459,9 @@ def encode(tokenizer, prompt: str | list[dict], completion: str | list[dict] | N
     ids = tokenizer(text)["input_ids"]
     if ids[:2] == [bos, bos]:  # the tokenizer's and the text's own
         ids = ids[1:]
-    if completion is not None:
-        return ids if ids[-1] == eos else [*ids, eos]
-    return ids[:-1] if ids[-1:] == [eos] and not text.endswith(tokenizer.eos_token) else ids
+    while ids[-1:] == [eos]:
+        ids = ids[:-1]
+    return [*ids, eos] if completion is not None or text.endswith(tokenizer.eos_token) else ids
 
 
 def global_batches(lengths: np.ndarray, args: Arguments) -> np.ndarray:
@@ -430,7 +473,7 @@ def global_batches(lengths: np.ndarray, args: Arguments) -> np.ndarray:
     size, per_epoch = args.batch_size, len(lengths) // args.batch_size
     if not per_epoch:
         fail(f"{len(lengths)} pairs do not fill a batch: --batch_size can be {len(lengths)} at most")
-    steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * per_epoch)
+    steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * per_epoch - 1e-9)
     epochs = []
     for epoch in range(math.ceil(steps / per_epoch)):
         order = np.random.default_rng((args.seed, epoch)).permutation(len(lengths))[: per_epoch * size]

@@ -133,7 +133,10 @@ def test_a_csv_file_has_texts_even_if_they_look_like_numbers_or_nothing(tmp_path
 def test_templates_see_only_the_fields_that_a_message_has(tmp_path):
     prompt = [{"role": "user", "content": "a", "name": "x"}, *answer("b"), *user("c")]
     tok = tokenizer("toy", "{% for m in messages %}{{ '-' if 'name' in m }}{{ m.content }}{% endfor %}")
-    train, _ = load(write(tmp_path / "pairs.jsonl", [pair(prompt, answer("d"), answer("e"))]), tok)
+    path = write(
+        tmp_path / "pairs.parquet", [pair(prompt, answer("d"), answer("e"))]
+    )  # the others' name: null
+    train, _ = load(path, tok)
     assert [train.rows[0][part] for part in PARTS] == [ids("-abc"), ids("d"), ids("e")]
 
 
@@ -281,9 +284,12 @@ def test_conversations_are_what_the_template_makes(name):
         if dialogue == user("hi"):
             assert row["prompt"] == ids(prompt, tok)
             assert row["prompt"] + row["chosen"] == ids(prompt + completion, tok)
-    # These part at a turn of the user: the assistant's before is the end of the prompt.
+    # These part at a turn of the user: the prompt ends in the open turn of the assistant before, as far as the
+    # finished chat has that (for Qwen3's thoughts, it has not).
     chosen, rejected = (user("hi") + answer("a") + user(x) + answer("b") for x in "xy")
     row = tokenize_pair(pair(None, chosen, rejected), tok, 999)
+    before = chat(user("hi") + answer("a"), continue_final_message=True)
+    assert row["prompt"] == (ids(HI, tok) if "Qwen3" in name else before)
     assert row["prompt"] + row["chosen"] == chat(chosen) and row["prompt"] + row["rejected"] == chat(rejected)
 
 
