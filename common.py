@@ -298,11 +298,8 @@ def load_pairs(args: Arguments, tokenizer, **options) -> tuple[Pairs, Pairs | No
         if path.is_file() and kind:
             reading = {}
             if kind == "csv":  # all are texts, also 007 and null
-                text, columns = datasets.Value("string"), next(csv.reader(path.open(newline="")))
-                reading = {
-                    "features": datasets.Features(dict.fromkeys(columns, text)),
-                    "keep_default_na": False,
-                }
+                columns = dict.fromkeys(next(csv.reader(path.open(newline=""))), datasets.Value("string"))
+                reading = {"features": datasets.Features(columns), "keep_default_na": False}
             splits = datasets.load_dataset(kind, data_files=glob.escape(str(path)), **reading)
         else:
             splits = datasets.load_dataset(args.dataset_name, args.dataset_config)
@@ -329,7 +326,7 @@ def tokenize_pairs(
         fail(f"the {name} data need columns chosen and rejected (or prompt for XPO), not {', '.join(found)}")
     if not len(raw):
         fail(f"the {name} data are empty")
-    for column in {"prompt", "chosen", "rejected"} & {*found}:
+    for column in [column for column in ("prompt", "chosen", "rejected") if column in found]:
         if not isinstance(raw[0][column], str | list | None):
             kind = type(raw[0][column]).__name__
             fail(f"column {column} of the {name} data has {kind}s, not texts or messages")

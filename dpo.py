@@ -106,7 +106,7 @@ def dpo_loss(
             # 2406.08414 eq. 5, found by a language model: logistic and exponential loss, blended by σ(z/τ).
             # The second term is σ(z/τ) e^(-z), written so that it cannot be 0·inf.
             logistic = -(-margins / discopop_tau).sigmoid() * F.logsigmoid(margins)
-            return logistic + (-margins - F.softplus(-margins / discopop_tau)).exp()
+            return logistic + (F.logsigmoid(margins / discopop_tau) - margins).exp()
         case "nca_pair":
             # 2402.05369: each reward is also compared with 0, which keeps chosen answers likely
             both = F.logsigmoid(-chosen_rewards) + F.logsigmoid(-rejected_rewards)
