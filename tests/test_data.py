@@ -9,6 +9,7 @@ import importlib.util
 import json
 import re
 import sys
+import types
 from collections import Counter
 from pathlib import Path
 
@@ -23,10 +24,11 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
 import common
+import xpo
 from common import Arguments, Pairs, extract_prompt, global_batches, load_pairs, micro_batches, tokenize_pair
 
 SHARED = Path(__file__).parents[2] / "shared"  # tokenizers of real models and real data, where there are any
-TOYS = ["toy", "toy, adds BOS", "toy, adds BOS and EOS"]
+TOYS = ["toy", "toy, adds BOS", "toy, adds BOS and EOS", "toy, adds BOS that is EOS"]
 REAL = ["gpt2-tokenizer", "phi-3-mini-tokenizer", "stories260K"]
 here = (SHARED / "models" / REAL[0]).exists()
 needs_shared = pytest.mark.skipif(not here, reason="needs ../shared")
@@ -46,9 +48,10 @@ def tokenizer(name: str = "toy", template: str | None = None):
         return AutoTokenizer.from_pretrained(SHARED / "models" / name)
     toy = AutoTokenizer.from_pretrained(Path(__file__).parent / "toy" / "sft")
     if "adds" in name:
-        adds = {"single": "<s> $A </s>" if "EOS" in name else "<s> $A"}
-        adds["special_tokens"] = [("<s>", toy.bos_token_id), ("</s>", toy.eos_token_id)]
-        toy.backend_tokenizer.post_processor = TemplateProcessing(**adds)
+        toy.bos_token = "</s>" if "that is EOS" in name else "<s>"
+        around = f"{toy.bos_token} $A </s>" if "and EOS" in name else f"{toy.bos_token} $A"
+        specials = [("<s>", 1), ("</s>", 2)]
+        toy.backend_tokenizer.post_processor = TemplateProcessing(single=around, special_tokens=specials)
     if template:
         toy.add_tokens(["<|im_start|>", "<|im_end|>", "<|end|>", "<think>", "</think>", "\n"])
         toy.chat_template = template
@@ -123,9 +126,18 @@ def test_what_says_the_same_has_the_same_tokens(format, kind, tmp_path, capsys):
         assert test is None and "no split 'test'" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("format", FORMATS)
+def test_xpo_has_the_same_prompts(format):
+    row = pair(*FORMATS[format]("12", " twelve", " ten two"))
+    prompt = xpo.tokenize_prompt(row, TOY, 99, max_new_tokens=9)["prompt"]
+    assert prompt == tokenize_pair(row, TOY, 99)["prompt"] == ids("<s>12=")
+
+
 def test_a_csv_file_has_texts_even_if_they_look_like_numbers_or_nothing(tmp_path):
-    rows = [pair("007", "null", "nan"), pair("", "a b", "a c")]
-    train, _ = load(write(tmp_path / "pairs.csv", rows))
+    rows = [{"": i} | pair(*parts) for i, parts in enumerate([("007", "null", "nan"), ("", "a b", "a c")])]
+    path = write(tmp_path / "pairs.csv", rows)  # with row numbers, as pandas writes them
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())  # and a byte order mark, as Excel does
+    train, _ = load(path)
     assert train.rows["prompt"][:] == [ids("007"), ids("<s>")]
     assert train.rows["chosen"][:] == [ids("null</s>"), ids("a b</s>")]
 
@@ -133,10 +145,8 @@ def test_a_csv_file_has_texts_even_if_they_look_like_numbers_or_nothing(tmp_path
 def test_templates_see_only_the_fields_that_a_message_has(tmp_path):
     prompt = [{"role": "user", "content": "a", "name": "x"}, *answer("b"), *user("c")]
     tok = tokenizer("toy", "{% for m in messages %}{{ '-' if 'name' in m }}{{ m.content }}{% endfor %}")
-    path = write(
-        tmp_path / "pairs.parquet", [pair(prompt, answer("d"), answer("e"))]
-    )  # the others' name: null
-    train, _ = load(path, tok)
+    rows = [pair(prompt, answer("d"), answer("e"))]
+    train, _ = load(write(tmp_path / "pairs.parquet", rows), tok)  # where the others' name is null
     assert [train.rows[0][part] for part in PARTS] == [ids("-abc"), ids("d"), ids("e")]
 
 
@@ -160,7 +170,7 @@ def test_texts_begin_with_one_bos_if_any_and_end_with_one_eos(name, begin, end):
     assert tok.decode(row["prompt"], skip_special_tokens=True) == "say hello" and not row["moved"]
 
 
-@pytest.mark.parametrize("name", TOYS)
+@pytest.mark.parametrize("name", TOYS[:3])
 def test_a_prompt_keeps_an_eos_of_its_own(name):
     row = tokenize_pair(pair("<s>a</s>", "b", "c</s>"), tokenizer(name), 99)
     assert [row[part] for part in PARTS] == [ids("<s>a</s>"), ids("b</s>"), ids("c</s>")]
@@ -284,8 +294,8 @@ def test_conversations_are_what_the_template_makes(name):
         if dialogue == user("hi"):
             assert row["prompt"] == ids(prompt, tok)
             assert row["prompt"] + row["chosen"] == ids(prompt + completion, tok)
-    # These part at a turn of the user: the prompt ends in the open turn of the assistant before, as far as the
-    # finished chat has that (for Qwen3's thoughts, it has not).
+    # These part at a turn of the user: the prompt ends in the open turn of the assistant before, as far as
+    # the finished chat has it open (Qwen3's would have a thought in it).
     chosen, rejected = (user("hi") + answer("a") + user(x) + answer("b") for x in "xy")
     row = tokenize_pair(pair(None, chosen, rejected), tok, 999)
     before = chat(user("hi") + answer("a"), continue_final_message=True)
@@ -403,6 +413,7 @@ def test_what_a_template_refuses_is_dropped(tmp_path, capsys):
 
 
 def test_tokens_are_not_those_of_an_earlier_run_with_other_arguments_or_code(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "__main__", types.ModuleType("__main__"))  # as in a notebook
     path = write(tmp_path / "pairs.jsonl", [ONE])
     assert load(path)[0].rows["chosen"][:] == [ids("one</s>")]
     assert load(path, max_length=3)[0].rows["chosen"][:] == [ids("on")]

@@ -18,7 +18,6 @@ SMOOTHED = ("sigmoid", "sigmoid_norm", "robust", *SORTED)  # may be; exo_pair mu
 DIVERGENCES = ("js_divergence", "forward_kl", "alpha_divergence")
 CASES = [(t, "reverse_kl") for t in LOSS_TYPES] + [(t, f) for t in OF_Z for f in DIVERGENCES]
 
-torch.set_num_threads(1)  # on busy cores, threads that share five numbers wait for each other
 fast = settings(max_examples=40, deadline=None, derandomize=True, database=None)
 
 

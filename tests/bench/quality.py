@@ -1,8 +1,9 @@
-"""python tests/bench/quality.py: every method on the built-in example, three seeds each: the README's table.
+"""Every method, three seeds each, on held-out data: the README's tables.
 
-Runs the scripts one after the other (about half an hour on two cores) and writes quality.json beside
-itself: per run the metrics before and after training. A run that is there already is not run again. Then
-prints the table.
+    python tests/bench/quality.py toy          the built-in example: about 20 minutes on two idle cores
+    python tests/bench/quality.py stories DIR  a real model, DIR/models/stories260K, on DIR/data/stories
+
+Results go to toy.json or stories.json beside this file; a run that is there already is not run again.
 """
 
 import json
@@ -17,66 +18,89 @@ import transformers
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
-RUNS = {  # name: script and flags
+TOY = {  # name: script and flags
     "DPO": "dpo.py",
-    "DPO, β 1": "dpo.py --beta 1 --learning_rate 1e-4",
-    "DPO, too fast": "dpo.py --learning_rate 1e-3",
+    "DPO, lr 1e-3": "dpo.py --learning_rate 1e-3",
     "CPO": "cpo.py",
     "SimPO": "cpo.py --loss_type simpo",
+    "SimPO, lr 3e-4": "cpo.py --loss_type simpo --learning_rate 3e-4",
     "CPO-SimPO": "cpo.py --loss_type simpo --cpo_alpha 1",
-    "SimPO, too fast": "cpo.py --loss_type simpo --learning_rate 3e-4",
     "AlphaPO": "alphapo.py",
+    "AlphaPO, lr 3e-4": "alphapo.py --learning_rate 3e-4",
     "ORPO": "orpo.py",
     "XPO": "xpo.py",
-    "online DPO": "xpo.py --alpha 0",
+    "online DPO (α = 0)": "xpo.py --alpha 0",
 }
+STORIES = {
+    "DPO": "dpo.py --learning_rate 1e-4",
+    "CPO": "cpo.py --learning_rate 3e-4",
+    "SimPO": "cpo.py --loss_type simpo --learning_rate 1e-4",
+    "AlphaPO": "alphapo.py --learning_rate 1e-4",
+    "ORPO": "orpo.py --learning_rate 1e-3",
+}
+STORIES_FLAGS = "--batch_size 32 --max_length 512 --max_new_tokens 60 --per_device_eval_batch_size 32"
 SEEDS = (1, 2, 3)
-COLUMNS = (("exact_match", 100), ("exact_match_sampled", 100), ("logps/chosen", 1), ("distinct_of_4", 1))
+COLUMNS = {  # metric: title, scale, digits
+    "exact_match": ("greedy exact match, %", 100, 1),
+    "exact_match_sampled": ("sampled, %", 100, 1),
+    "rewards/accuracies": ("accuracy, %", 100, 1),
+    "logps/chosen": ("log π(chosen)", 1, 2),
+    "logps/rejected": ("log π(rejected)", 1, 2),
+    "distinct_of_4": ("distinct of 4 samples", 1, 2),
+}
 
 
-def run(command: str, seed: int) -> dict:
+def run(command: list[str]) -> dict:
     """The evaluations before and after one run."""
-    script, *flags = command.split()
     with tempfile.TemporaryDirectory() as folder:
-        arguments = [sys.executable, ROOT / script, *flags, "--seed", str(seed), "--output_dir", folder]
+        arguments = [sys.executable, ROOT / command[0], *command[1:], "--output_dir", f"{folder}/run"]
         subprocess.run(arguments, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        lines = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
-    evaluations = [line for line in lines if "eval_exact_match" in line]
+        lines = [json.loads(line) for line in Path(folder, "run", "metrics.jsonl").read_text().splitlines()]
+    evaluations = [line for line in lines if any(name.startswith("eval_") for name in line)]
     return {"before": evaluations[0], "after": evaluations[-1]}
 
 
-def main() -> None:
-    path = HERE / "quality.json"
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True
-    ).stdout
-    results = json.loads(path.read_text()) if path.exists() else {"runs": {}}
-    results |= {
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "command": __doc__.split(":")[0],
-    }
-    for name, command in RUNS.items():
+def cell(found: list[dict], metric: str) -> str:
+    _, scale, digits = COLUMNS[metric]
+    values = [scale * evaluation[f"eval_{metric}"] for evaluation in found if f"eval_{metric}" in evaluation]
+    return f"{mean(values):.{digits}f} ± {stdev(values):.{digits}f}" if values else ""
+
+
+def main(data: str, folder: str = "") -> None:
+    flags = []
+    if data == "stories":
+        flags = [
+            "--model_name_or_path",
+            f"{folder}/models/stories260K",
+            "--dataset_name",
+            f"{folder}/data/stories",
+        ]
+        flags += STORIES_FLAGS.split()
+    methods, path = {"toy": TOY, "stories": STORIES}[data], HERE / f"{data}.json"
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    versions = {"torch": torch.__version__, "transformers": transformers.__version__, "device": "2 CPU cores"}
+    results = json.loads(path.read_text()) if path.exists() else {"versions": versions, "runs": {}}
+    for command in methods.values():
         for seed in SEEDS:
             key = f"{command} --seed {seed}"
             if key not in results["runs"]:
-                results["runs"][key] = run(command, seed) | {"commit": commit.strip()}
+                found = run([*command.split(), *flags, "--seed", str(seed)])
+                results["runs"][key] = found | {"commit": commit.stdout.strip()}
                 path.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n")
-                print(name, seed, results["runs"][key]["after"]["eval_exact_match"], flush=True)
-
-    def row(name: str, found: list[dict]) -> None:
-        cells = [name]
-        for metric, scale in COLUMNS:
-            values = [f[f"eval_{metric}"] for f in found if f"eval_{metric}" in f]
-            cells.append(f"{scale * mean(values):.1f} ± {scale * stdev(values):.1f}" if values else "")
-        print(f"| {' | '.join(cells)} |")
-
-    print("\n| method | greedy exact match, % | sampled, % | log π(chosen) | distinct of 4 samples |")
-    print("|---|---|---|---|---|")
-    row("SFT", [results["runs"][f"dpo.py --seed {seed}"]["before"] for seed in SEEDS])
-    for name, command in RUNS.items():
-        row(name, [results["runs"][f"{command} --seed {seed}"]["after"] for seed in SEEDS])
+                print(key, {name: found["after"].get(f"eval_{name}") for name in COLUMNS}, flush=True)
+    runs, first = results["runs"], next(iter(methods.values()))
+    rows = {"before training": [runs[f"{first} --seed {seed}"]["before"] for seed in SEEDS]}
+    rows |= {
+        name: [runs[f"{command} --seed {seed}"]["after"] for seed in SEEDS]
+        for name, command in methods.items()
+    }
+    shown = [metric for metric in COLUMNS if any(cell(found, metric) for found in rows.values())]
+    print(
+        f"\n| method | {' | '.join(COLUMNS[metric][0] for metric in shown)} |\n|{'---|' * (len(shown) + 1)}"
+    )
+    for name, found in rows.items():
+        print(f"| {name} | {' | '.join(cell(found, metric) for metric in shown)} |")
 
 
 if __name__ == "__main__":
-    main()
+    main(*sys.argv[1:])
