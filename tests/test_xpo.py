@@ -26,7 +26,7 @@ def double(*numbers):
 
 
 def test_worked_example():
-    """Policy -3 and -5, reference -4 and -4.5: log-ratios 1 and -.5, their difference 1.5; at β .2, z = .3."""
+    """Policy -3 and -5, reference -4 and -4.5: log-ratios 1 and -.5, difference 1.5; at β .2, z = .3."""
     logps = double(-3.0), double(-5.0), double(-4.0), double(-4.5)
     for wins, z in ((True, 0.3), (False, -0.3)):
         loss = xpo_loss(*logps, torch.tensor([wins]), beta=0.2, alpha=0.01)
@@ -125,7 +125,7 @@ def two_models(monkeypatch, policy_says: list[int], reference_says: list[int]) -
 
 
 def sampled(monkeypatch, decide, **options):
-    """Samples of two prompts: the policy answers '7' and '8' with EOS, the reference '9' without and '8' with."""
+    """Of two prompts: the policy says '7' and '8' with EOS, the reference '9' without and '8' with."""
     tokenizer = AutoTokenizer.from_pretrained(TOY_MODEL)
     encode, eos = (lambda text: tokenizer(text)["input_ids"]), tokenizer.eos_token_id
     two_models(monkeypatch, [[*encode("7"), eos], [*encode("8"), eos]], [encode("9"), [*encode("8"), eos]])
