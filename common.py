@@ -931,7 +931,7 @@ def tracker(args: Arguments) -> Callable[[dict[str, float] | None, int], None]:
 
 # ------------------------------------------------------------------------------------------------ checkpoints
 
-MAY_CHANGE = """overwrite_output_dir dataset_num_proc logging_steps report_to run_name save_steps
+MAY_CHANGE = """output_dir overwrite_output_dir dataset_num_proc logging_steps report_to run_name save_steps
     save_total_limit push_to_hub hub_model_id""".split()  # when a run goes on
 
 

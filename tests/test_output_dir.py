@@ -1,0 +1,128 @@
+"""What a run leaves in output_dir, how the next run there is met, and where else results go."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import tiny
+from test_runs import SHORT, environment, metrics_of, run, succeed
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import common
+import dpo
+from common import TOY_MODEL
+
+
+def saved(tmp_path, kind: str, **changes):
+    """A tiny model, loaded as the scripts load it, its tokenizer, and arguments to save it with."""
+    tiny(kind, **changes).float().save_pretrained(tmp_path / "before")
+    tokenizer = AutoTokenizer.from_pretrained(TOY_MODEL)
+    args = dpo.Arguments(
+        model_name_or_path="m", dataset_name="d", output_dir=str(tmp_path / "after"), bf16=False
+    )
+    policy = common.load_model(str(tmp_path / "before"), args, torch.device("cpu"), trainable=True)
+    return policy, tokenizer, args
+
+
+@pytest.mark.parametrize(
+    "kind", ["llama", "qwen2", "mixtral", "gpt2", "gemma2"]
+)  # qwen2, gpt2, gemma2 tie weights
+def test_what_is_saved_loads_with_the_same_logits(tmp_path, kind):
+    policy, tokenizer, args = saved(tmp_path, kind)
+    with torch.no_grad():
+        for parameter in policy.parameters():  # as if it had been trained
+            parameter.data.mul_(1.1)
+    common.save_model(args, policy, tokenizer)
+    ids = torch.tensor([[5, 6, 7, 8]])
+    loaded = AutoModelForCausalLM.from_pretrained(args.output_dir, dtype=torch.float32)
+    assert torch.equal(loaded(ids).logits, policy(ids).logits)
+    assert loaded.config.architectures == [type(tiny(kind)).__name__]
+    assert AutoTokenizer.from_pretrained(args.output_dir).chat_template == tokenizer.chat_template
+    sizes = [sum(f.stat().st_size for f in (tmp_path / d).glob("*.safetensors")) for d in ("before", "after")]
+    assert sizes[1] < 1.1 * sizes[0]  # tied weights are there once
+    assert json.loads((tmp_path / "after" / "run.json").read_text())["finished"]
+
+
+def test_dropout_is_off(tmp_path):
+    policy, *_ = saved(tmp_path, "gpt2", attn_pdrop=0.5, resid_pdrop=0.5, embd_pdrop=0.5)
+    ids = torch.tensor([[5, 6, 7, 8]])
+    assert policy.training and torch.equal(policy(ids).logits, policy(ids).logits)
+
+
+def test_upload(tmp_path, monkeypatch):
+    """--push_to_hub creates the repository and uploads what from_pretrained needs, not checkpoints."""
+    import huggingface_hub
+
+    calls = []
+
+    class Hub:
+        def create_repo(self, name, exist_ok):
+            calls.append(name)
+            return type("Url", (), {"repo_id": f"me/{name}"})
+
+        def upload_folder(self, repo_id, folder_path, ignore_patterns):
+            calls.append((repo_id, Path(folder_path, "model.safetensors").exists(), ignore_patterns[0]))
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
+    policy, tokenizer, args = saved(tmp_path, "llama")
+    args.push_to_hub = True
+    common.save_model(args, policy, tokenizer)
+    assert calls == ["after", ("me/after", True, "checkpoints/*")]
+
+
+TRACKERS = """
+import json
+def write(*row):
+    with open("tracked.jsonl", "a") as file:
+        file.write(json.dumps(row) + chr(10))
+def init(project, name, config): write("init", project, name, config["beta"])
+def log(metrics, step): write("log", step, metrics.get("loss"))
+def finish(): write("finish")
+"""
+
+
+def test_an_output_dir_holds_one_run(tmp_path):
+    flags = [
+        *SHORT,
+        "--max_steps",
+        "2",
+        "--logging_steps",
+        "1",
+        "--report_to",
+        "wandb",
+        "--run_name",
+        "first",
+    ]
+    (tmp_path / "wandb.py").write_text(TRACKERS)  # stands in for the package, and for trackio, which is alike
+    command = [sys.executable, Path(dpo.__file__), "--output_dir", "out", *flags]
+    options = {"cwd": tmp_path, "capture_output": True, "text": True, "timeout": 300}
+    result = subprocess.run(command, env=environment() | {"PYTHONPATH": str(tmp_path)}, **options)
+    assert result.returncode == 0, result.stderr[-2000:]
+    tracked = [json.loads(line) for line in (tmp_path / "tracked.jsonl").read_text().splitlines()]
+    metrics = metrics_of(tmp_path / "out")
+    losses = {line["step"]: line["loss"] for line in metrics if "loss" in line}
+    assert tracked[0] == ["init", "out", "first", 0.1] and tracked[-1] == ["finish"]
+    assert [row[1:] for row in tracked[1:-1] if row[2]] == [[1, losses[1]], [2, losses[2]]]
+
+    out, flags = tmp_path / "out", [*SHORT, "--max_steps", "2"]
+    assert "finished already" in succeed("dpo.py", out, *flags)
+    result = run("dpo.py", out, *flags, "--beta", "0.2")
+    assert (
+        result.returncode == 1 and "beta 0.1 (now 0.2)" in result.stderr and "Traceback" not in result.stderr
+    )
+    result = run("cpo.py", out, *flags)
+    assert result.returncode == 1 and "script dpo.py (now cpo.py)" in result.stderr
+    assert metrics_of(out) == metrics
+    (out / "mine.txt").write_text("")
+    succeed("dpo.py", out, *flags, "--beta", "0.2", "--overwrite_output_dir")
+    assert metrics_of(out)[-1]["eval_loss"] != metrics[-1]["eval_loss"]
+    assert (out / "mine.txt").exists()
+
+
+def test_a_tracker_that_is_not_installed_is_named(tmp_path):
+    result = run("dpo.py", tmp_path / "out", *SHORT, "--report_to", "trackio")
+    assert result.returncode == 1 and "pip install trackio" in result.stderr
+    assert not (tmp_path / "out").exists()
