@@ -1,4 +1,4 @@
-"""AlphaPO: the shape of the reward matters (Gupta et al. 2025, https://arxiv.org/abs/2501.03884).
+r"""AlphaPO: the shape of the reward matters (Gupta et al. 2025, https://arxiv.org/abs/2501.03884).
 
 A policy π learns to prefer the chosen answer y_w to the rejected answer y_l of a prompt x. There is no
 reference: the reward is a function of the policy's log-probability per token, t = log π(y|x) / |y|, and α
@@ -14,10 +14,10 @@ The slope r'(t) = e^(-αt) is what α is for. All t are below 0, and the less li
     α = 0   It is 1: SimPO pushes all answers alike.
     α < 0   It vanishes for unlikely answers, which are left alone: r stays between -1/|α| and 0.
 
-Differs from the paper: the margin of rewards stays finite where e^(-αt) overflows.
+Differs from the paper: where e^(-αt) overflows, the margin of rewards does not become NaN.
 
     python alphapo.py                                 the built-in example, about a minute on a laptop
-    torchrun --nproc_per_node 8 alphapo.py --model_name_or_path Qwen/Qwen2-0.5B-Instruct \\
+    torchrun --nproc_per_node 8 alphapo.py --model_name_or_path Qwen/Qwen2-0.5B-Instruct \
         --dataset_name trl-lib/ultrafeedback_binarized --output_dir Qwen2-0.5B-AlphaPO
 """
 
@@ -93,6 +93,7 @@ class Arguments(common.Arguments):
     beta: float = arg(2.5, "scale of the reward")
     gamma: float = arg(0.1, "target margin of the rewards")
     alpha: float = arg(0.25, "shape of the reward; 0 is SimPO")
+    learning_rate: float = arg(7e-7, "peak learning rate of AdamW")
 
 
 # The built-in example: a 336k-parameter character model that translates numbers (tests/toy). So small a model
@@ -138,9 +139,8 @@ def loss_and_metrics(policy, batch: Batch, args: Arguments) -> tuple[Tensor, dic
         "log_odds_ratio": F.logsigmoid(log_odds_chosen).sum(),
     }
     parts = {name: value / batch.step_pairs for name, value in sums.items()}
-    if (
-        policy.balancing_loss
-    ):  # of a mixture of experts; it is no sum over pairs: take the mean of micro-batches
+    if policy.balancing_loss:
+        # Of a mixture of experts. It is no sum over pairs: here it is the mean over micro-batches.
         parts["aux_loss"] = scores.aux_loss * len(batch.lengths) / batch.step_pairs
         loss = loss + policy.config.router_aux_loss_coef * parts["aux_loss"]
     return loss, {"loss": loss, "nll_loss": nll_loss} | parts
@@ -152,24 +152,20 @@ def loss_and_metrics(policy, batch: Batch, args: Arguments) -> tuple[Tensor, dic
 @torch.no_grad()
 def evaluate(policy, tokenizer, test: Pairs, args: Arguments, log, step: int) -> None:
     """The metrics of the test pairs, all of them as one global batch, and completions of test prompts."""
-    for batch in common.micro_batches(test, by_length(test), args.per_device_eval_batch_size, policy.device):
+    for batch in common.micro_batches(
+        test, common.by_length(test), args.per_device_eval_batch_size, policy.device
+    ):
         log.add(loss_and_metrics(policy, batch, args)[1])
     metrics, samples = common.complete(policy, tokenizer, test, args, step)
     log.evaluation(step, log.means() | metrics, samples)
-
-
-def by_length(pairs: Pairs) -> np.ndarray:
-    """The row numbers, short pairs first, so that pairs of a micro-batch are alike."""
-    return pairs.lengths.sum(1).argsort(kind="stable")
 
 
 def main(args: Arguments) -> None:
     rank, world, device = common.start(args)
     tokenizer = common.load_tokenizer(args)
     train, test = common.load_pairs(args, tokenizer)
-    batches = common.global_batches(
-        train.lengths, args
-    )  # (steps, batch_size): all of the run, on all processes
+    # All batches of the run, (steps, batch_size), are known to all processes.
+    batches = common.global_batches(train.lengths, args)
     policy = common.load_model(args.model_name_or_path, args, device, trainable=True)
     optimizer = common.adamw(policy, args)
     first_step = common.resume(args, policy, optimizer, {})

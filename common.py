@@ -82,7 +82,7 @@ class Arguments:
     batch_size: int | None = arg(None, "pairs per optimizer step, over all processes [64]")
     gradient_accumulation_steps: int | None = arg(None, "sets batch_size to this x per device x processes")
     per_device_train_batch_size: int = arg(8, "at most so many pairs per forward pass")
-    per_device_eval_batch_size: int = arg(8, "the same in evaluation, and prompts per call of generate")
+    per_device_eval_batch_size: int = arg(8, "the same in evaluation, and prompts per call of generate()")
     weight_decay: float = arg(0.0, "AdamW's, on all parameters")
     adam_beta1: float = arg(0.9, "AdamW's")
     adam_beta2: float = arg(0.999, "AdamW's")
@@ -93,7 +93,7 @@ class Arguments:
     eval_strategy: Literal["steps", "no"] = arg("steps", "no: never evaluate")
     eval_steps: int | None = arg(None, "steps between evaluations, besides those before and after training")
     eval_prompts: int = arg(8, "test prompts that an evaluation completes, greedily and by sampling")
-    max_new_tokens: int = arg(128, "tokens of such a completion, at most")
+    max_new_tokens: int = arg(128, "tokens of a generated completion, at most")
     logging_steps: int = arg(10, "steps between reports of metrics; metrics.jsonl has every step")
     report_to: Literal["none", "tensorboard", "wandb", "trackio"] = arg(
         "none", "where to, besides the console"
@@ -203,7 +203,8 @@ def learning_rate(step: int, steps: int, args: Arguments) -> float:
 
 def from_pretrained(kind, path: str, args: Arguments, **options):
     """kind.from_pretrained, which fails in one line."""
-    options |= {"revision": args.model_revision, "trust_remote_code": args.trust_remote_code}
+    revision = args.model_revision if path == args.model_name_or_path else "main"
+    options |= {"revision": revision, "trust_remote_code": args.trust_remote_code}
     try:
         return kind.from_pretrained(path, **options)
     except (OSError, ValueError) as error:
@@ -383,16 +384,10 @@ def tokenize_pairs(
 
 def tokenize_pair(row: dict, tokenizer, max_length: int) -> dict:
     """Token ids `prompt`, `chosen`, `rejected` of one pair, or the `problem` that forbids to train on it."""
-    prompt, chosen, rejected = row.get("prompt"), row["chosen"], row["rejected"]
     result = {"prompt": [], "chosen": [], "rejected": [], "problem": "", "moved": False}
-    if not chosen or not rejected:
+    if not row["chosen"] or not row["rejected"]:
         return result | {"problem": "a completion is empty"}
-    if isinstance(prompt, list) and isinstance(chosen, str):
-        chosen, rejected = ([{"role": "assistant", "content": y}] for y in (chosen, rejected))
-    if isinstance(prompt, str) and isinstance(chosen, list):  # unless the answers have it, too
-        prompt = [{"role": "user", "content": prompt}] if chosen[0]["role"] == "assistant" else None
-    if prompt is None:
-        prompt, chosen, rejected = extract_prompt(chosen, rejected)
+    prompt, chosen, rejected = split_prompt(row.get("prompt"), row["chosen"], row["rejected"])
     if is_empty(chosen) or is_empty(rejected):
         return result | {"problem": "a completion is empty"}
     if prompt == []:
@@ -419,6 +414,15 @@ def tokenize_pair(row: dict, tokenizer, max_length: int) -> dict:
     if chosen == rejected:
         return result | {"problem": "the completions are identical"}
     return result | {"prompt": prompt, "chosen": chosen, "rejected": rejected, "moved": shared < len(alone)}
+
+
+def split_prompt(prompt, chosen, rejected) -> tuple:
+    """Prompt, chosen, rejected: all texts or all lists of messages; a prompt of None is taken from the others."""
+    if isinstance(prompt, list) and isinstance(chosen, str):
+        chosen, rejected = ([{"role": "assistant", "content": y}] for y in (chosen, rejected))
+    if isinstance(prompt, str) and isinstance(chosen, list):  # unless the answers have it, too
+        prompt = [{"role": "user", "content": prompt}] if chosen[0]["role"] == "assistant" else None
+    return extract_prompt(chosen, rejected) if prompt is None else (prompt, chosen, rejected)
 
 
 def is_empty(completion: str | list[dict]) -> bool:
@@ -458,7 +462,13 @@ def encode(tokenizer, prompt: str | list[dict], completion: str | list[dict] | N
         ids = ids[1:]
     while ids[-1:] == [eos]:
         ids = ids[:-1]
-    return [*ids, eos] if completion is not None or text.endswith(tokenizer.eos_token) else ids
+    ends = completion is not None or text.endswith(tokenizer.eos_token or "\0")
+    return [*ids, eos] if ends and eos is not None else ids
+
+
+def by_length(pairs: Pairs) -> np.ndarray:
+    """The row numbers, short pairs first, so that pairs of a micro-batch are alike."""
+    return pairs.lengths.sum(1).argsort(kind="stable")
 
 
 def global_batches(lengths: np.ndarray, args: Arguments) -> np.ndarray:
@@ -715,7 +725,8 @@ def gathered(model, args: Arguments) -> Iterator[bool]:
     fits = torch.ones((), device=model.device)
     if model.device.type == "cuda":
         size = sum(p.numel() for p in model.parameters()) * (2 if args.bf16 else 4)
-        fits *= size < 0.8 * torch.cuda.mem_get_info()[0]
+        free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+        fits *= size < 0.8 * free
     dist.all_reduce(fits, op=dist.ReduceOp.MIN)
     parts = [m for m in model.modules() if isinstance(m, FSDPModule)] if fits else []
     for part in parts:

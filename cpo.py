@@ -1,4 +1,4 @@
-"""Contrastive Preference Optimization (Xu et al. 2024, https://arxiv.org/abs/2401.08417), and SimPO.
+r"""Contrastive Preference Optimization (Xu et al. 2024, https://arxiv.org/abs/2401.08417), and SimPO.
 
 A policy π learns to prefer the chosen answer y_w to the rejected answer y_l of a prompt x, without a
 reference model: CPO has a uniform one in its place, and imitates chosen answers, so that they stay likely.
@@ -11,7 +11,7 @@ authors' code; the paper writes the sum over a pair's tokens. CPO-SimPO is SimPO
 Differs from the authors' code: answers are packed, not padded, which changes no result.
 
     python cpo.py                                     the built-in example, about a minute on a laptop
-    torchrun --nproc_per_node 8 cpo.py --loss_type simpo --model_name_or_path Qwen/Qwen2-0.5B-Instruct \\
+    torchrun --nproc_per_node 8 cpo.py --loss_type simpo --model_name_or_path Qwen/Qwen2-0.5B-Instruct \
         --dataset_name trl-lib/ultrafeedback_binarized --output_dir Qwen2-0.5B-SimPO
 """
 
@@ -187,9 +187,8 @@ def loss_and_metrics(policy, batch: Batch, args: Arguments) -> tuple[Tensor, dic
         "logps/rejected": logps[:, 1].sum(),
     }
     parts = {name: value / batch.step_pairs for name, value in sums.items()}
-    if (
-        policy.balancing_loss
-    ):  # of a mixture of experts; it is no sum over pairs: take the mean of micro-batches
+    if policy.balancing_loss:
+        # Of a mixture of experts. It is no sum over pairs: here it is the mean over micro-batches.
         parts["aux_loss"] = scores.aux_loss * len(batch.lengths) / batch.step_pairs
         loss = loss + policy.config.router_aux_loss_coef * parts["aux_loss"]
     return loss, {"loss": loss, "nll_loss": nll_loss} | parts
@@ -201,24 +200,20 @@ def loss_and_metrics(policy, batch: Batch, args: Arguments) -> tuple[Tensor, dic
 @torch.no_grad()
 def evaluate(policy, tokenizer, test: Pairs, args: Arguments, log, step: int) -> None:
     """The metrics of the test pairs, all of them as one global batch, and completions of test prompts."""
-    for batch in common.micro_batches(test, by_length(test), args.per_device_eval_batch_size, policy.device):
+    for batch in common.micro_batches(
+        test, common.by_length(test), args.per_device_eval_batch_size, policy.device
+    ):
         log.add(loss_and_metrics(policy, batch, args)[1])
     metrics, samples = common.complete(policy, tokenizer, test, args, step)
     log.evaluation(step, log.means() | metrics, samples)
-
-
-def by_length(pairs: Pairs) -> np.ndarray:
-    """The row numbers, short pairs first, so that pairs of a micro-batch are alike."""
-    return pairs.lengths.sum(1).argsort(kind="stable")
 
 
 def main(args: Arguments) -> None:
     rank, world, device = common.start(args)
     tokenizer = common.load_tokenizer(args)
     train, test = common.load_pairs(args, tokenizer)
-    batches = common.global_batches(
-        train.lengths, args
-    )  # (steps, batch_size): all of the run, on all processes
+    # All batches of the run, (steps, batch_size), are known to all processes.
+    batches = common.global_batches(train.lengths, args)
     policy = common.load_model(args.model_name_or_path, args, device, trainable=True)
     optimizer = common.adamw(policy, args)
     first_step = common.resume(args, policy, optimizer, {})

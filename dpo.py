@@ -1,4 +1,4 @@
-"""Direct Preference Optimization (Rafailov et al. 2023, https://arxiv.org/abs/2305.18290), all its losses.
+r"""Direct Preference Optimization (Rafailov et al. 2023, https://arxiv.org/abs/2305.18290), all its losses.
 
 A policy π learns to prefer the chosen answer y_w to the rejected answer y_l of a prompt x. There is no reward
 model: its own log-probabilities, against those of a frozen copy of where it started, are the reward.
@@ -10,7 +10,7 @@ Differs from the paper: AdamW, not RMSprop. Differs from the authors' code: answ
 which changes no result. DPO's relatives are the other cases of `dpo_loss`, each with its source.
 
     python dpo.py                                     the built-in example, about a minute on a laptop
-    torchrun --nproc_per_node 8 dpo.py --model_name_or_path Qwen/Qwen2-0.5B-Instruct \\
+    torchrun --nproc_per_node 8 dpo.py --model_name_or_path Qwen/Qwen2-0.5B-Instruct \
         --dataset_name trl-lib/ultrafeedback_binarized --output_dir Qwen2-0.5B-DPO
 """
 
@@ -320,9 +320,8 @@ def loss_and_metrics(policy, reference, batch: Batch, args: Arguments, bco_delta
     if "sft" in args.loss_type:
         sums["nll_loss"] = -averages[:, 0].sum()
     parts = {name: value / batch.step_pairs for name, value in sums.items()}
-    if (
-        policy.balancing_loss
-    ):  # of a mixture of experts; it is no sum over pairs: take the mean of micro-batches
+    if policy.balancing_loss:
+        # Of a mixture of experts. It is no sum over pairs: here it is the mean over micro-batches.
         parts["aux_loss"] = scores.aux_loss * len(batch.lengths) / batch.step_pairs
         loss = loss + policy.config.router_aux_loss_coef * parts["aux_loss"]
     return loss, {"loss": loss} | parts
@@ -351,15 +350,12 @@ def precompute(reference, pairs: Pairs, groups, size: int, path: Path, args: Arg
 @torch.no_grad()
 def evaluate(policy, reference, tokenizer, test: Pairs, args: Arguments, log, step: int, bco_delta) -> None:
     """The metrics of the test pairs, all of them as one global batch, and completions of test prompts."""
-    for batch in common.micro_batches(test, by_length(test), args.per_device_eval_batch_size, policy.device):
+    for batch in common.micro_batches(
+        test, common.by_length(test), args.per_device_eval_batch_size, policy.device
+    ):
         log.add(loss_and_metrics(policy, reference, batch, args, bco_delta)[1])
     metrics, samples = common.complete(policy, tokenizer, test, args, step)
     log.evaluation(step, log.means() | metrics, samples)
-
-
-def by_length(pairs: Pairs) -> np.ndarray:
-    """The row numbers, short pairs first, so that pairs of a micro-batch are alike."""
-    return pairs.lengths.sum(1).argsort(kind="stable")
 
 
 def main(args: Arguments) -> None:
@@ -368,9 +364,8 @@ def main(args: Arguments) -> None:
         common.fail(f"aot needs the batch at once: --per_device_train_batch_size {args.batch_size // world}")
     tokenizer = common.load_tokenizer(args)
     train, test = common.load_pairs(args, tokenizer)
-    batches = common.global_batches(
-        train.lengths, args
-    )  # (steps, batch_size): all of the run, on all processes
+    # All batches of the run, (steps, batch_size), are known to all processes.
+    batches = common.global_batches(train.lengths, args)
     policy = common.load_model(args.model_name_or_path, args, device, trainable=True)
     path = args.ref_model_name_or_path or args.model_name_or_path
     reference = common.load_model(path, args, device, trainable=False, compact=not args.sync_ref_model)
@@ -388,7 +383,9 @@ def main(args: Arguments) -> None:
         train = precompute(reference, train, groups, args.per_device_train_batch_size, path, args)
         if test:
             path = Path(args.output_dir, "reference_logps_test.npy")
-            test = precompute(reference, test, [by_length(test)], args.per_device_eval_batch_size, path, args)
+            test = precompute(
+                reference, test, [common.by_length(test)], args.per_device_eval_batch_size, path, args
+            )
         reference = None
 
     log = common.Log(args, first_step, len(batches), len(train.rows), device)

@@ -1,4 +1,4 @@
-"""ORPO: Odds Ratio Preference Optimization (Hong et al. 2024, https://arxiv.org/abs/2403.07691) in one file.
+r"""ORPO: Odds Ratio Preference Optimization (Hong et al. 2024, https://arxiv.org/abs/2403.07691) in one file.
 
 Fine-tuning and preference learning in one step, without a reference: a policy π imitates the chosen answer
 y_w of a prompt x, while the odds of y_w grow against those of the rejected answer y_l.
@@ -13,7 +13,7 @@ authors' code: answers are packed, not padded, and log(1 - p) keeps its digits, 
 1 and near 0.
 
     python orpo.py                                    the built-in example, about a minute on a laptop
-    torchrun --nproc_per_node 8 orpo.py --model_name_or_path Qwen/Qwen2-0.5B-Instruct \\
+    torchrun --nproc_per_node 8 orpo.py --model_name_or_path Qwen/Qwen2-0.5B-Instruct \
         --dataset_name trl-lib/ultrafeedback_binarized --output_dir Qwen2-0.5B-ORPO
 """
 
@@ -102,9 +102,8 @@ def loss_and_metrics(policy, batch: Batch, args: Arguments) -> tuple[Tensor, dic
         "log_odds_ratio": F.logsigmoid(log_odds_chosen).sum(),
     }
     parts = {name: value / batch.step_pairs for name, value in sums.items()}
-    if (
-        policy.balancing_loss
-    ):  # of a mixture of experts; it is no sum over pairs: take the mean of micro-batches
+    if policy.balancing_loss:
+        # Of a mixture of experts. It is no sum over pairs: here it is the mean over micro-batches.
         parts["aux_loss"] = scores.aux_loss * len(batch.lengths) / batch.step_pairs
         loss = loss + policy.config.router_aux_loss_coef * parts["aux_loss"]
     return loss, {"loss": loss, "nll_loss": nll_loss} | parts
@@ -116,24 +115,20 @@ def loss_and_metrics(policy, batch: Batch, args: Arguments) -> tuple[Tensor, dic
 @torch.no_grad()
 def evaluate(policy, tokenizer, test: Pairs, args: Arguments, log, step: int) -> None:
     """The metrics of the test pairs, all of them as one global batch, and completions of test prompts."""
-    for batch in common.micro_batches(test, by_length(test), args.per_device_eval_batch_size, policy.device):
+    for batch in common.micro_batches(
+        test, common.by_length(test), args.per_device_eval_batch_size, policy.device
+    ):
         log.add(loss_and_metrics(policy, batch, args)[1])
     metrics, samples = common.complete(policy, tokenizer, test, args, step)
     log.evaluation(step, log.means() | metrics, samples)
-
-
-def by_length(pairs: Pairs) -> np.ndarray:
-    """The row numbers, short pairs first, so that pairs of a micro-batch are alike."""
-    return pairs.lengths.sum(1).argsort(kind="stable")
 
 
 def main(args: Arguments) -> None:
     rank, world, device = common.start(args)
     tokenizer = common.load_tokenizer(args)
     train, test = common.load_pairs(args, tokenizer, score_prompts=not args.no_prompt_loss)
-    batches = common.global_batches(
-        train.lengths, args
-    )  # (steps, batch_size): all of the run, on all processes
+    # All batches of the run, (steps, batch_size), are known to all processes.
+    batches = common.global_batches(train.lengths, args)
     policy = common.load_model(args.model_name_or_path, args, device, trainable=True)
     optimizer = common.adamw(policy, args)
     first_step = common.resume(args, policy, optimizer, {})

@@ -1,4 +1,4 @@
-"""Exploratory Preference Optimization (Xie et al. 2024, https://arxiv.org/abs/2405.21046), online.
+r"""Exploratory Preference Optimization (Xie et al. 2024, https://arxiv.org/abs/2405.21046), online.
 
 At every step the policy π and the reference π_ref answer each prompt x once, with y and ỹ; a reward model
 or a judge says which answer is better; DPO learns from that pair. And a bonus for optimism: the policy
@@ -12,7 +12,7 @@ all pairs so far, and ỹ is a fresh sample of the reference. Differs from the t
 forward pass of each model over [x | y | ỹ], not two.
 
     python xpo.py                                     the built-in example, about two minutes on a laptop
-    torchrun --nproc_per_node 8 xpo.py --model_name_or_path Qwen/Qwen2-0.5B-Instruct \\
+    torchrun --nproc_per_node 8 xpo.py --model_name_or_path Qwen/Qwen2-0.5B-Instruct \
         --reward_model_path trl-lib/Qwen2-0.5B-Reward --dataset_name trl-lib/ultrafeedback-prompt
 """
 
@@ -28,14 +28,14 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from jinja2 import TemplateError
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import common
-from common import Batch, Pairs, arg
+from common import TOY_MODEL, Batch, Pairs, arg
 
-# ---------------------------------------------------------------------------------------------------- the
-# loss
+# --------------------------------------------------------------------------------------------------- the loss
 
 
 def xpo_loss(
@@ -71,8 +71,7 @@ def xpo_loss(
     return losses + alpha * logps_of_ref_sample
 
 
-# -----------------------------------------------------------------------------------------------------
-# arguments
+# -------------------------------------------------------------------------------------------------- arguments
 
 
 @dataclass
@@ -99,11 +98,12 @@ class Arguments(common.Arguments):
 # takes a far larger learning rate than one of billions of parameters.
 TOY = dict(learning_rate=3e-4, max_steps=60, batch_size=32, per_device_train_batch_size=32)
 TOY |= dict(per_device_eval_batch_size=250, eval_prompts=500, max_new_tokens=64)
-TOY |= dict(reward_model_path=str(Path(common.TOY_MODEL).parent / "reward"))
 
 
 def check(args: Arguments) -> None:
     """ValueError for what is not defined or does not go together."""
+    if not args.judge and args.model_name_or_path == TOY_MODEL:
+        args.reward_model_path = args.reward_model_path or str(Path(TOY_MODEL).parent / "reward")
     if (args.reward_model_path is None) == (args.judge is None):
         raise ValueError("give --reward_model_path or --judge, one of them: it says which answer is better")
     if args.judge and args.missing_eos_penalty is not None:
@@ -121,30 +121,38 @@ def check(args: Arguments) -> None:
     if args.judge:
         load_judge(args.judge)
     zero = torch.zeros(1)
-    for beta in args.beta or [0]:  # whatever else is wrong xpo_loss says, before any work
+    if not args.beta:
+        raise ValueError("beta must be one or more values")
+    for beta in args.beta:  # whatever else is wrong xpo_loss says, before any work
         xpo_loss(zero, zero, zero, zero, zero > 0, beta=beta, loss_type=args.loss_type)
 
 
-# ------------------------------------------------------------------------------------------ samples and
-# scores
+# ----------------------------------------------------------------------------------------- samples and scores
 
 
 def tokenize_prompt(row: dict, tokenizer, max_length: int, *, max_new_tokens: int) -> dict:
     """Token ids `prompt`, and `raw`, the prompt as JSON; or the `problem` that forbids to train on it."""
     result = {"prompt": [], "chosen": [], "rejected": [], "raw": "", "problem": "", "moved": False}
     prompt = row.get("prompt")
-    if prompt is None:
-        prompt = common.extract_prompt(row["chosen"], row["rejected"])[0]
+    if row.get("chosen") and row.get("rejected"):
+        prompt = common.split_prompt(prompt, row["chosen"], row["rejected"])[0]
     if not prompt:
         return result | {"problem": "the prompt is empty"}
-    ids = common.encode(tokenizer, prompt)
+    try:
+        ids = common.encode(tokenizer, prompt)
+    except TemplateError as error:
+        return result | {"problem": f"the chat template refuses it: {common.first_line(error)}"}
     if len(ids) > max_length - max_new_tokens:
         return result | {"problem": f"the prompt leaves no room for {max_new_tokens} more tokens"}
     return result | {"prompt": ids, "raw": json.dumps(prompt)}
 
 
 def load_judge(path: str) -> Callable:
-    """The function of `path/to/file.py:function`. It runs that file: ValueError if there is none."""
+    """The function of `path/to/file.py:function`. It runs that file: ValueError if there is none.
+
+    It takes prompts (texts or lists of messages) and pairs of answers (texts), and returns a list: for each
+    pair 0 if the first is better, 1 if the second is, -1 if neither.
+    """
     file, _, name = path.rpartition(":")
     if not Path(file).is_file():
         raise ValueError(f"judge must be path/to/file.py:function, and {file or path} is no file")
@@ -228,6 +236,8 @@ def sample(policy, reference, decide: Callable, tokenizer, rows: dict, args: Arg
         preferences = torch.tensor(sides)
     else:
         scores = torch.stack([decide(prompts, part).cpu() for part in texts], dim=1)
+        if not scores.isfinite().all():
+            raise ValueError("the reward model gave a score that is not finite")
         if args.missing_eos_penalty is not None:
             scores = scores - args.missing_eos_penalty * ~ended
         preferences = (scores[:, 0] - scores[:, 1]).sign()
@@ -236,8 +246,7 @@ def sample(policy, reference, decide: Callable, tokenizer, rows: dict, args: Arg
     return Samples(tokens, list(zip(*texts, strict=True)), preferences, scores, ended, seconds)
 
 
-# ---------------------------------------------------------------------------------------------- one
-# micro-batch
+# -------------------------------------------------------------------------------------------- one micro-batch
 
 
 def loss_and_metrics(policy, reference, batch: Batch, wins: Tensor, args: Arguments, epoch: int):
@@ -276,9 +285,8 @@ def loss_and_metrics(policy, reference, batch: Batch, wins: Tensor, args: Argume
         "logps/rejected": labelled[:, 1].sum(),
     }
     parts = {name: value / batch.step_pairs for name, value in sums.items()}
-    if (
-        policy.balancing_loss
-    ):  # of a mixture of experts; it is no sum over pairs: take the mean of micro-batches
+    if policy.balancing_loss:
+        # Of a mixture of experts. It is no sum over pairs: here it is the mean over micro-batches.
         parts["aux_loss"] = scores.aux_loss * len(batch.lengths) / batch.step_pairs
         loss = loss + policy.config.router_aux_loss_coef * parts["aux_loss"]
     return loss, {"loss": loss} | parts
@@ -304,14 +312,15 @@ def sample_metrics(samples: Samples, total: int) -> dict[str, Tensor]:
     return {name: value / total for name, value in sums.items()}
 
 
-# ------------------------------------------------------------------------------------------------------
-# training
+# --------------------------------------------------------------------------------------------------- training
 
 
 @torch.no_grad()
 def evaluate(policy, reference, decide, tokenizer, test: Pairs, args: Arguments, log, step: int) -> None:
     """How often the policy's samples beat the reference's on test prompts, and completions of them."""
     metrics, completions = common.complete(policy, tokenizer, test, args, step)
+    if not completions:  # no prompts, or fewer than processes
+        return log.evaluation(step, metrics, completions)
     prompts, rank, world = len(completions), dist.get_rank(), dist.get_world_size()
     rows = test.rows[range(rank, prompts, world)]
     samples = sample(policy, reference, decide, tokenizer, rows, args)
@@ -332,9 +341,8 @@ def main(args: Arguments) -> None:
     tokenizer = common.load_tokenizer(args)
     tokenize = partial(tokenize_prompt, max_new_tokens=args.max_new_tokens)
     train, test = common.load_pairs(args, tokenizer, tokenize=tokenize)
-    batches = common.global_batches(
-        train.lengths, args
-    )  # (steps, batch_size): all of the run, on all processes
+    # All batches of the run, (steps, batch_size), are known to all processes.
+    batches = common.global_batches(train.lengths, args)
     policy = common.load_model(args.model_name_or_path, args, device, trainable=True)
     compact = not args.sync_ref_model
     reference = common.load_model(args.model_name_or_path, args, device, trainable=False, compact=compact)
@@ -350,7 +358,7 @@ def main(args: Arguments) -> None:
         common.seed(args.seed, step, rank)  # what a step depends on, besides the state in checkpoints
         for group in optimizer.param_groups:
             group["lr"] = common.learning_rate(step, len(batches), args)
-        epoch = step * args.batch_size // len(train.rows)
+        epoch = step // (len(train.rows) // args.batch_size)
         samples = sample(policy, reference, decide, tokenizer, train.rows[batches[step][rank::world]], args)
         wins, start = samples.preferences.to(device) >= 0, time.perf_counter()  # a tie counts for the policy
         for i in range(0, len(wins), args.per_device_train_batch_size):
