@@ -24,7 +24,6 @@ Differs from the paper: where e^(-αt) overflows, the margin of rewards does not
 import math
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -171,8 +170,8 @@ def main(args: Arguments) -> None:
     first_step = common.resume(args, policy, optimizer, {})
 
     log = common.Log(args, first_step, len(batches), len(train.rows), device)
-    if test and first_step == 0:
-        evaluate(policy, tokenizer, test, args, log, 0)
+    if test is not None and log.due(first_step):
+        evaluate(policy, tokenizer, test, args, log, first_step)
     for step in range(first_step, len(batches)):
         common.seed(args.seed, step, rank)  # what a step depends on, besides the state in checkpoints
         for group in optimizer.param_groups:
@@ -190,13 +189,13 @@ def main(args: Arguments) -> None:
         tokens = train.lengths[batches[step]].sum()
         log.step(step, metrics, grad_norm, group["lr"], args.batch_size, tokens)
 
-        done, last = step + 1, step + 1 == len(batches)
-        if test and (last or (args.eval_steps and done % args.eval_steps == 0)):
-            evaluate(policy, tokenizer, test, args, log, done)
-        if last or log.interrupted or done % args.save_steps == 0:
+        done = step + 1
+        if done == len(batches) or log.interrupted or done % args.save_steps == 0:
             common.save_checkpoint(args, policy, optimizer, done, {})
         if log.interrupted:
             common.leave(f"interrupted after step {done}, which is saved; the same command goes on")
+        if test is not None and log.due(done):
+            evaluate(policy, tokenizer, test, args, log, done)
     common.save_model(args, policy, tokenizer)
     log.close()
     dist.destroy_process_group()

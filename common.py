@@ -23,7 +23,7 @@ from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from types import MethodType
-from typing import Literal, NamedTuple, NoReturn
+from typing import Literal, NamedTuple, NoReturn, TextIO
 
 import datasets
 import numpy as np
@@ -114,8 +114,12 @@ def fail(message: str) -> NoReturn:
 def parse(kind: type[Arguments], check: Callable[[Arguments], None], toy: dict) -> Arguments:
     """The command line's arguments, checked; with neither model nor dataset, `toy` are the defaults."""
     parser = transformers.HfArgumentParser(kind, allow_abbrev=False)
-    flags = {word.split("=")[0] for word in sys.argv[1:]}
-    if not flags & {"--model_name_or_path", "--dataset_name"}:
+    flags = {
+        word.split("=")[0].lstrip("-").replace("-", "_") for word in sys.argv[1:] if word.startswith("--")
+    }
+    if not flags & {"model_name_or_path", "dataset_name"}:
+        if "gradient_accumulation_steps" in flags:
+            toy = toy | {"batch_size": None}
         parser.set_defaults(model_name_or_path=TOY_MODEL, dataset_name=TOY_DATA, **toy)
     args, unknown = parser.parse_args_into_dataclasses(return_remaining_strings=True)
     if unknown:
@@ -160,7 +164,9 @@ def start(args: Arguments) -> tuple[int, int, torch.device]:
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
-    args.bf16 = device.type == "cuda" if args.bf16 is None else args.bf16
+    if args.bf16 and args.dtype == "float64":
+        fail("bf16 computes in bfloat16: with --dtype float64 it has to be false")
+    args.bf16 = device.type == "cuda" and args.dtype != "float64" if args.bf16 is None else args.bf16
     check_output_dir(args)
     alone = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
     # Others wait while the first process tokenizes: for longer than the default of some minutes.
@@ -324,7 +330,9 @@ def tokenize_pairs(
     """Rows as token ids, by tokenize_pair or `tokenize`, less those that cannot be used; says why."""
     tokenize, found = tokenize or tokenize_pair, raw.column_names
     if not {"chosen", "rejected"} <= {*found} and (tokenize is tokenize_pair or "prompt" not in found):
-        fail(f"the {name} data need columns chosen and rejected (or prompt for XPO), not {', '.join(found)}")
+        fail(
+            f"the {name} data have no columns chosen and rejected, or for XPO prompt, but {', '.join(found)}"
+        )
     if not len(raw):
         fail(f"the {name} data are empty")
     for column in [column for column in ("prompt", "chosen", "rejected") if column in found]:
@@ -345,7 +353,8 @@ def tokenize_pairs(
     features = {key: kinds[type(value)] for key, value in tokenize(raw[0], **options).items()}
     features |= {"answer": raw.features["answer"]} if "answer" in found else {}
     columns, processes = [column for column in found if column != "answer"], args.dataset_num_proc
-    # Not the default fingerprint, to which a function is the same as long as its name is.
+    # Not the default fingerprint, to which a function is the same as long as its name is. (XPO's prompts
+    # have to leave room for max_new_tokens.)
     code = [Path(module.__file__).read_text() for module in (sys.modules[__name__], sys.modules["__main__"])]
     fingerprint = Hasher.hash([raw._fingerprint, code, tokenizer, args.max_length, args.max_new_tokens])
     rows = raw.map(
@@ -417,7 +426,7 @@ def tokenize_pair(row: dict, tokenizer, max_length: int) -> dict:
 
 
 def split_prompt(prompt, chosen, rejected) -> tuple:
-    """Prompt, chosen, rejected: all texts or all lists of messages; a prompt of None is taken from the others."""
+    """(prompt, chosen, rejected), all texts or all messages; a prompt of None is what the others share."""
     if isinstance(prompt, list) and isinstance(chosen, str):
         chosen, rejected = ([{"role": "assistant", "content": y}] for y in (chosen, rejected))
     if isinstance(prompt, str) and isinstance(chosen, list):  # unless the answers have it, too
@@ -525,8 +534,7 @@ class Batch:
         return self.sum_by_owner(token_values)[self.lengths.numel() :]
 
     def sum_by_owner(self, token_values: Tensor) -> Tensor:
-        # Not index_add: on a GPU that adds in an order of its own, and no two runs would agree to the last
-        # bit.
+        # Each value to a place of its own: index_add would add them in an order that varies on a GPU.
         rows = token_values.new_zeros(self.owners, self.sequences.shape[1])
         return rows.index_put((self.owner, self.index), token_values).sum(1)
 
@@ -590,7 +598,7 @@ def pack(pairs: list[tuple], device: torch.device, *, score_prompts: bool = Fals
     return Batch(**tensors, owners=len(labels), **counts)
 
 
-CHUNK = 2**26  # logits in memory at a time: 256 MiB in float32
+CHUNK = 2**26  # logits in memory at a time: 256 MiB in float32, of which the backward pass needs a few
 
 
 class Scores(NamedTuple):
@@ -703,7 +711,9 @@ def enable_packing(model) -> None:
         model.packed = True
         model.set_attn_implementation("packed")
         difference = (score(model, batch).token_logps - want).abs().max().item()
-        model.packed = difference < (0.1 if model.dtype == torch.bfloat16 else 1e-4)
+        model.packed = (
+            difference < (5e-3 if model.dtype == torch.bfloat16 else 5e-5) * want.abs().max().item()
+        )
         reason = f"{difference:.0e} from plain ones"
     except Exception as error:  # whatever a model does that nobody foresaw
         model.packed, reason = False, f"{type(error).__name__}: {first_line(error)}"
@@ -800,7 +810,7 @@ def complete(policy, tokenizer, test: Pairs, args: Arguments, step: int) -> tupl
     if "answer" in rows:
         for name, kind in (("exact_match", "greedy"), ("exact_match_sampled", "sampled")):
             metrics[name] = (
-                sum(sample[kind].strip() == sample["answer"].strip() for sample in samples) / count
+                sum(sample[kind].strip() == str(sample["answer"]).strip() for sample in samples) / count
             )
     return metrics, samples
 
@@ -832,23 +842,29 @@ class Log:
     def __init__(self, args: Arguments, first_step: int, steps: int, pairs: int, device: torch.device):
         self.args, self.steps, self.pairs, self.device = args, steps, pairs, device
         self.parts: dict[str, Tensor | float] = {}
-        self.signals: list[int] = []
+        self.signals: list[float] = []
         self.interrupted = False
         self.skipped = 0  # steps in a row, for a gradient that was not finite
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self.on_signal)
         self.main = dist.get_rank() == 0
         self.bar = tqdm(initial=first_step, total=steps, disable=not self.main, dynamic_ncols=True)
-        self.track = lambda metrics, step: None
+        self.track, done = (lambda metrics, step: None), [False]
         if self.main:
-            self.metrics = reopen(Path(args.output_dir, "metrics.jsonl"), first_step)
-            self.completions = reopen(Path(args.output_dir, "completions.jsonl"), first_step)
+            self.metrics, lines = reopen(Path(args.output_dir, "metrics.jsonl"), first_step)
+            done = [any(line["step"] == first_step and "eval_" in str(line) for line in lines)]
+            # Completions are written before the metrics of an evaluation: without these it was cut short.
+            last = first_step if done[0] else first_step - 1
+            self.completions, _ = reopen(Path(args.output_dir, "completions.jsonl"), last)
             self.track = tracker(args)
+        dist.broadcast_object_list(done)
+        self.evaluated = first_step if done[0] else -1
         self.time = time.perf_counter()
 
     def on_signal(self, number: int, frame) -> None:
-        self.signals.append(number)
-        signal.signal(number, signal.SIG_DFL)  # a second one ends the program at once
+        self.signals.append(time.monotonic())
+        if self.signals[-1] - self.signals[0] > 5:  # not the same one, sent twice: somebody insists
+            raise SystemExit(128 + number)
 
     def add(self, parts: dict[str, Tensor | float]) -> None:
         for name, value in parts.items():
@@ -884,15 +900,20 @@ class Log:
         if self.skipped == 3:
             fail(f"the gradient was not finite in three steps up to {step + 1}; the checkpoints are intact")
 
+    def due(self, step: int) -> bool:
+        """Whether to evaluate after `step` steps; before a run was interrupted, that may have been done."""
+        every = self.args.eval_steps or self.steps
+        return step != self.evaluated and (step % every == 0 or step == self.steps)
+
     def evaluation(self, step: int, metrics: dict[str, float], samples: list[dict]) -> None:
         """Write metrics of the test pairs, and completions, after `step` steps."""
         metrics = {f"eval_{name}": value for name, value in metrics.items()}
+        if self.main:
+            self.completions.writelines(json.dumps(sample) + "\n" for sample in samples)
         self.write(step, metrics)
         self.report(step, metrics)
         for sample in samples[:3]:
             say("    " + "  ".join(f"{name} {value!r}" for name, value in sample.items() if name != "step"))
-        if self.main:
-            self.completions.writelines(json.dumps(sample) + "\n" for sample in samples)
         self.time = time.perf_counter()
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
@@ -909,12 +930,13 @@ class Log:
         self.track(None, self.steps)
 
 
-def reopen(path: Path, step: int):
-    """A .jsonl file to append to, without the lines after `step`: those steps run again."""
-    lines = path.read_text().splitlines(keepends=True) if step and path.exists() else []
-    lines = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
-    path.write_text("".join(lines))
-    return path.open("a", buffering=1)
+def reopen(path: Path, last: int) -> tuple[TextIO, list[dict]]:
+    """A .jsonl file to append to, and its lines, without those after step `last`: these steps run again."""
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    lines = [json.loads(line) for line in lines if line.endswith("\n")]  # a torn one is the last
+    lines = [line for line in lines if line["step"] <= last]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path.open("a", buffering=1), lines
 
 
 def peak_memory(device: torch.device) -> float:
@@ -958,7 +980,8 @@ def write_run(args: Arguments, finished: bool) -> None:
     path.with_suffix(".tmp").replace(path)
 
 
-WRITTEN = "run.json", "metrics.jsonl", "completions.jsonl", "reference_logps_*", "checkpoints", "tensorboard"
+WRITTEN = """run.json metrics.jsonl completions.jsonl reference_logps_* checkpoints tensorboard
+    model*.safetensors model.safetensors.index.json""".split()
 
 
 def check_output_dir(args: Arguments) -> None:
@@ -1006,7 +1029,7 @@ def resume(args: Arguments, policy, optimizer, extra: dict[str, Tensor]) -> int:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
         newest = (complete_checkpoints(args) or [None])[-1:]
         for path in Path(args.output_dir, "checkpoints").glob("*"):
-            if not (path / ".metadata").exists():
+            if path.is_dir() and not (path / ".metadata").exists():
                 shutil.rmtree(path)  # torn: the run was killed while it saved
         write_run(args, finished=False)
     dist.broadcast_object_list(newest)  # one decision for all

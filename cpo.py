@@ -18,7 +18,6 @@ Differs from the authors' code: answers are packed, not padded, which changes no
 import math
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -48,7 +47,7 @@ def cpo_loss(
     """Losses (B,) of B pairs, from the policy's log-probabilities (B,) of their completions; no imitation.
 
     Log-probabilities are sums over the tokens of a completion; for loss types in AVERAGED the caller passes
-    means. `simpo_gamma` is γ itself, of which SimPO's paper tabulates γ/β. `alpha` is AlphaPO's α: where it
+    means. `simpo_gamma` is γ itself, of which SimPO's authors list γ/β. `alpha` is AlphaPO's α: where it
     is not 0, each log-probability t counts as (1 - e^(-αt))/α (alphapo.py explains it). Training minimises
     the mean of the losses. Raises ValueError for what is not defined.
     """
@@ -219,8 +218,8 @@ def main(args: Arguments) -> None:
     first_step = common.resume(args, policy, optimizer, {})
 
     log = common.Log(args, first_step, len(batches), len(train.rows), device)
-    if test and first_step == 0:
-        evaluate(policy, tokenizer, test, args, log, 0)
+    if test is not None and log.due(first_step):
+        evaluate(policy, tokenizer, test, args, log, first_step)
     for step in range(first_step, len(batches)):
         common.seed(args.seed, step, rank)  # what a step depends on, besides the state in checkpoints
         for group in optimizer.param_groups:
@@ -238,13 +237,13 @@ def main(args: Arguments) -> None:
         tokens = train.lengths[batches[step]].sum()
         log.step(step, metrics, grad_norm, group["lr"], args.batch_size, tokens)
 
-        done, last = step + 1, step + 1 == len(batches)
-        if test and (last or (args.eval_steps and done % args.eval_steps == 0)):
-            evaluate(policy, tokenizer, test, args, log, done)
-        if last or log.interrupted or done % args.save_steps == 0:
+        done = step + 1
+        if done == len(batches) or log.interrupted or done % args.save_steps == 0:
             common.save_checkpoint(args, policy, optimizer, done, {})
         if log.interrupted:
             common.leave(f"interrupted after step {done}, which is saved; the same command goes on")
+        if test is not None and log.due(done):
+            evaluate(policy, tokenizer, test, args, log, done)
     common.save_model(args, policy, tokenizer)
     log.close()
     dist.destroy_process_group()

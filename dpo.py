@@ -14,6 +14,7 @@ which changes no result. DPO's relatives are the other cases of `dpo_loss`, each
         --dataset_name trl-lib/ultrafeedback_binarized --output_dir Qwen2-0.5B-DPO
 """
 
+import gc
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,6 +70,8 @@ def dpo_loss(
         raise ValueError(f"unknown loss_type '{loss_type}'; known are {', '.join(LOSS_TYPES)}")
     if not 0 <= label_smoothing < 0.5 or (label_smoothing and loss_type not in SMOOTHED):
         raise ValueError(f"label_smoothing must be in [0, 0.5), and is for {', '.join(SMOOTHED)} only")
+    if not discopop_tau > 0:
+        raise ValueError(f"discopop_tau must be positive, not {discopop_tau}")
     if f_divergence_type != "reverse_kl" and loss_type not in OF_THE_MARGIN:
         raise ValueError(f"f_divergence_type {f_divergence_type} is for {', '.join(OF_THE_MARGIN)} only")
 
@@ -90,7 +93,7 @@ def dpo_loss(
             # RSO (2309.06657), SLiC (2305.10425): a support vector machine on the same margin
             return F.relu(1 - margins)
         case "ipo":
-            # 2310.12036 eq. 17: take the margin to 1/2β, not to infinity
+            # 2310.12036 eq. 17, of means as in its experiments: take the margin to 1/2β, not to infinity
             return (chosen - rejected - 1 / (2 * beta)) ** 2
         case "robust":
             # 2403.00409: conservative DPO made unbiased under a share ε of swapped labels; unbounded below
@@ -214,16 +217,16 @@ def check(args: Arguments) -> None:
     args.loss_weights = args.loss_weights or [1.0] * len(args.loss_type)
     if len(args.loss_weights) != len(args.loss_type):
         raise ValueError(f"{len(args.loss_type)} loss types but {len(args.loss_weights)} loss_weights")
-    if args.rpo_alpha is not None:  # the same by another name
+    if args.rpo_alpha is not None and "sft" not in args.loss_type:  # the same by another name
         args.loss_type, args.loss_weights = [*args.loss_type, "sft"], [*args.loss_weights, args.rpo_alpha]
-    chosen = {*args.loss_type}
-    if args.label_smoothing and not chosen & {*SMOOTHED}:
+    types = {*args.loss_type}
+    if args.label_smoothing and not types & {*SMOOTHED}:
         raise ValueError(f"label_smoothing has no meaning for {', '.join(args.loss_type)}")
-    if args.f_divergence_type != "reverse_kl" and not chosen & {*OF_THE_MARGIN}:
+    if args.f_divergence_type != "reverse_kl" and not types & {*OF_THE_MARGIN}:
         raise ValueError(f"f_divergence_type has no meaning for {', '.join(args.loss_type)}")
-    if args.use_weighting and chosen & {*WHOLE_BATCH}:
+    if args.use_weighting and types & {*WHOLE_BATCH}:
         raise ValueError("use_weighting weights pairs, but aot compares quantiles of the batch")
-    if args.ld_alpha is not None and chosen & {*AVERAGED}:
+    if args.ld_alpha is not None and types & {*AVERAGED}:
         raise ValueError(f"ld_alpha changes sums of log-probabilities, but {', '.join(AVERAGED)} average")
     if args.sync_ref_model and args.precompute_ref_log_probs:
         raise ValueError("with sync_ref_model the reference changes: it cannot be precomputed")
@@ -333,18 +336,21 @@ def loss_and_metrics(policy, reference, batch: Batch, args: Arguments, bco_delta
 @torch.no_grad()
 def precompute(reference, pairs: Pairs, groups, size: int, path: Path, args: Arguments) -> Pairs:
     """Pairs with the reference's log-probabilities of the rows in `groups`, kept at `path` for resuming."""
-    if not path.exists():
-        dtype = torch.promote_types(getattr(torch, args.dtype), torch.float32)
-        logps = torch.zeros(len(pairs.rows), 2, dtype=dtype, device=reference.device)
-        for rows in tqdm(groups, desc="reference", disable=dist.get_rank() > 0):
-            for batch in common.micro_batches(pairs, rows, size, reference.device):
-                logps[batch.rows] = reference_logps(reference, batch, args)
-        dist.all_reduce(logps)
-        if dist.get_rank() == 0:
-            np.save(path.with_suffix(".tmp.npy"), logps.cpu().numpy())
-            path.with_suffix(".tmp.npy").replace(path)
-        dist.barrier()
-    return pairs._replace(reference_logps=np.load(path))
+    known = [path.exists()]
+    dist.broadcast_object_list(known)  # one decision for all
+    if known[0]:
+        return pairs._replace(reference_logps=np.load(path))
+    logps = torch.zeros(len(pairs.rows), 2, dtype=torch.float64, device=reference.device)
+    for rows in tqdm(groups, desc="reference", disable=dist.get_rank() > 0):
+        for batch in common.micro_batches(pairs, rows, size, reference.device):
+            found = reference_logps(reference, batch, args)
+            logps[batch.rows] = found.double()
+    dist.all_reduce(logps)
+    logps = logps.to(found.dtype).cpu().numpy()
+    if dist.get_rank() == 0:
+        np.save(path.with_suffix(".tmp.npy"), logps)
+        path.with_suffix(".tmp.npy").replace(path)
+    return pairs._replace(reference_logps=logps)
 
 
 @torch.no_grad()
@@ -381,16 +387,17 @@ def main(args: Arguments) -> None:
         groups = [*first_epoch, *np.split(rest, range(args.batch_size, len(rest), args.batch_size))]
         path = Path(args.output_dir, "reference_logps_train.npy")
         train = precompute(reference, train, groups, args.per_device_train_batch_size, path, args)
-        if test:
+        if test is not None:
             path = Path(args.output_dir, "reference_logps_test.npy")
             test = precompute(
                 reference, test, [common.by_length(test)], args.per_device_eval_batch_size, path, args
             )
         reference = None
+        gc.collect()  # it refers to itself
 
     log = common.Log(args, first_step, len(batches), len(train.rows), device)
-    if test and first_step == 0:
-        evaluate(policy, reference, tokenizer, test, args, log, 0, bco_delta)
+    if test is not None and log.due(first_step):
+        evaluate(policy, reference, tokenizer, test, args, log, first_step, bco_delta)
     for step in range(first_step, len(batches)):
         common.seed(args.seed, step, rank)  # what a step depends on, besides the state in checkpoints
         for group in optimizer.param_groups:
@@ -405,20 +412,23 @@ def main(args: Arguments) -> None:
         optimizer.zero_grad()
 
         metrics = log.means()
-        bco_delta += ((metrics["rewards/chosen"] + metrics["rewards/rejected"]) / 2 - bco_delta) / (step + 1)
+        if math.isfinite(grad_norm):
+            bco_delta += ((metrics["rewards/chosen"] + metrics["rewards/rejected"]) / 2 - bco_delta) / (
+                step + 1
+            )
         if args.sync_ref_model and (step + 1) % args.ref_model_sync_steps == 0:
             for old, new in zip(reference.parameters(), policy.parameters(), strict=True):
                 old.data.lerp_(new.data, args.ref_model_mixup_alpha)
         tokens = train.lengths[batches[step]].sum()
         log.step(step, metrics, grad_norm, group["lr"], args.batch_size, tokens)
 
-        done, last = step + 1, step + 1 == len(batches)
-        if test and (last or (args.eval_steps and done % args.eval_steps == 0)):
-            evaluate(policy, reference, tokenizer, test, args, log, done, bco_delta)
-        if last or log.interrupted or done % args.save_steps == 0:
+        done = step + 1
+        if done == len(batches) or log.interrupted or done % args.save_steps == 0:
             common.save_checkpoint(args, policy, optimizer, done, extra)
         if log.interrupted:
             common.leave(f"interrupted after step {done}, which is saved; the same command goes on")
+        if test is not None and log.due(done):
+            evaluate(policy, reference, tokenizer, test, args, log, done, bco_delta)
     common.save_model(args, policy, tokenizer)
     log.close()
     dist.destroy_process_group()

@@ -5,12 +5,11 @@ y_w of a prompt x, while the odds of y_w grow against those of the rejected answ
 
     p(y)    = π(y|x)^(1/|y|)                           the geometric mean of its tokens' probabilities
     odds(y) = p(y) / (1 - p(y))                        eq. 4
-    loss    = NLL - β log σ(log odds(y_w)/odds(y_l))   eq. 6 and 7, where β is called λ; the mean over pairs
+    loss    = NLL - β log σ(log odds(y_w)/odds(y_l))   eq. 6 and 7, where β is called λ; its mean over pairs
 
 NLL is the mean negative log-probability per token over all prompt and chosen tokens of the batch, as in the
 authors' code by default; --no_prompt_loss leaves the prompts out, as the paper writes it. Differs from the
-authors' code: answers are packed, not padded, and log(1 - p) keeps its digits, and its gradient, for p near
-1 and near 0.
+authors' code: answers are packed, not padded, and log(1 - p) is exact for p near 1.
 
     python orpo.py                                    the built-in example, about a minute on a laptop
     torchrun --nproc_per_node 8 orpo.py --model_name_or_path Qwen/Qwen2-0.5B-Instruct \
@@ -20,7 +19,6 @@ authors' code: answers are packed, not padded, and log(1 - p) keeps its digits, 
 import math
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -35,7 +33,7 @@ from common import Batch, Pairs, arg
 def orpo_loss(chosen_logps: Tensor, rejected_logps: Tensor) -> Tensor:
     """Odds ratio losses (B,) of B pairs, from the policy's mean log-probabilities per token (B,), below 0.
 
-    ORPO minimises β times their mean, plus the NLL. Source: eq. 6.
+    ORPO minimises β times their mean, plus the NLL. Source: eq. 7.
     """
     return -F.logsigmoid(log_odds(chosen_logps) - log_odds(rejected_logps))
 
@@ -134,8 +132,8 @@ def main(args: Arguments) -> None:
     first_step = common.resume(args, policy, optimizer, {})
 
     log = common.Log(args, first_step, len(batches), len(train.rows), device)
-    if test and first_step == 0:
-        evaluate(policy, tokenizer, test, args, log, 0)
+    if test is not None and log.due(first_step):
+        evaluate(policy, tokenizer, test, args, log, first_step)
     for step in range(first_step, len(batches)):
         common.seed(args.seed, step, rank)  # what a step depends on, besides the state in checkpoints
         for group in optimizer.param_groups:
@@ -153,13 +151,13 @@ def main(args: Arguments) -> None:
         tokens = train.lengths[batches[step]].sum()
         log.step(step, metrics, grad_norm, group["lr"], args.batch_size, tokens)
 
-        done, last = step + 1, step + 1 == len(batches)
-        if test and (last or (args.eval_steps and done % args.eval_steps == 0)):
-            evaluate(policy, tokenizer, test, args, log, done)
-        if last or log.interrupted or done % args.save_steps == 0:
+        done = step + 1
+        if done == len(batches) or log.interrupted or done % args.save_steps == 0:
             common.save_checkpoint(args, policy, optimizer, done, {})
         if log.interrupted:
             common.leave(f"interrupted after step {done}, which is saved; the same command goes on")
+        if test is not None and log.due(done):
+            evaluate(policy, tokenizer, test, args, log, done)
     common.save_model(args, policy, tokenizer)
     log.close()
     dist.destroy_process_group()

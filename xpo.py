@@ -7,9 +7,8 @@ gives up what the reference would have said, to leave probability for answers th
     loss = -log σ(β log π(y_w|x)/π_ref(y_w|x) - β log π(y_l|x)/π_ref(y_l|x)) + α log π(ỹ|x)     Algorithm 1
 
 The bonus acts on ỹ, the reference's answer, whoever wins. Log-probabilities are sums over tokens, the loss
-is the mean over prompts. α = 0 is online DPO. Differs from the paper: a batch of pairs per step in place of
-all pairs so far, and ỹ is a fresh sample of the reference. Differs from the trainer that TRL had: one
-forward pass of each model over [x | y | ỹ], not two.
+is the mean over prompts. α = 0 is online DPO. Differs from the paper: one step of AdamW on a batch of new
+pairs, where Algorithm 1 minimises over all pairs so far.
 
     python xpo.py                                     the built-in example, about two minutes on a laptop
     torchrun --nproc_per_node 8 xpo.py --model_name_or_path Qwen/Qwen2-0.5B-Instruct \
@@ -352,8 +351,8 @@ def main(args: Arguments) -> None:
     first_step = common.resume(args, policy, optimizer, extra)
 
     log = common.Log(args, first_step, len(batches), len(train.rows), device)
-    if test and first_step == 0:
-        evaluate(policy, reference, decide, tokenizer, test, args, log, 0)
+    if test is not None and log.due(first_step):
+        evaluate(policy, reference, decide, tokenizer, test, args, log, first_step)
     for step in range(first_step, len(batches)):
         common.seed(args.seed, step, rank)  # what a step depends on, besides the state in checkpoints
         for group in optimizer.param_groups:
@@ -381,13 +380,13 @@ def main(args: Arguments) -> None:
                 old.data.lerp_(new.data, args.ref_model_mixup_alpha)
         log.step(step, metrics, grad_norm, group["lr"], args.batch_size, metrics.pop("tokens"))
 
-        done, last = step + 1, step + 1 == len(batches)
-        if test and (last or (args.eval_steps and done % args.eval_steps == 0)):
-            evaluate(policy, reference, decide, tokenizer, test, args, log, done)
-        if last or log.interrupted or done % args.save_steps == 0:
+        done = step + 1
+        if done == len(batches) or log.interrupted or done % args.save_steps == 0:
             common.save_checkpoint(args, policy, optimizer, done, extra)
         if log.interrupted:
             common.leave(f"interrupted after step {done}, which is saved; the same command goes on")
+        if test is not None and log.due(done):
+            evaluate(policy, reference, decide, tokenizer, test, args, log, done)
     common.save_model(args, policy, tokenizer)
     log.close()
     dist.destroy_process_group()

@@ -71,7 +71,12 @@ WRONG = [
     (dpo, "--dataset_name d", "go together"),
     (cpo, "--simpo_gamma 1", "simpo_gamma is for simpo, alphapo only"),
     (cpo, "--loss_type ipo --label_smoothing 0.1", "label_smoothing must be in [0, 0.5), and is for"),
-    (xpo, "--judge nowhere.py:judge", "give --reward_model_path or --judge, one of them"),
+    (xpo, "--judge nowhere.py:judge", "nowhere.py is no file"),
+    (
+        xpo,
+        "--judge nowhere.py:judge --reward_model_path m",
+        "give --reward_model_path or --judge, one of them",
+    ),
     (xpo, "--model_name_or_path m --dataset_name d", "give --reward_model_path or --judge"),
     (xpo, "--model_name_or_path m --dataset_name d --judge nowhere.py:judge", "nowhere.py is no file"),
     (xpo, "--temperature 0", "the method needs samples"),

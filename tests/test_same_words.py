@@ -19,12 +19,12 @@ def lines_of(script: str, name: str) -> list[str]:
     return text.splitlines()
 
 
-@pytest.mark.parametrize("name", ["evaluate", "by_length", "main"])
+@pytest.mark.parametrize("name", ["evaluate", "main"])
 def test_training_is_the_same_in_methods_without_a_reference(name):
     assert lines_of("cpo.py", name) == lines_of("alphapo.py", name) == lines_of("orpo.py", name)
 
 
-@pytest.mark.parametrize("name", ["evaluate", "by_length", "main"])
+@pytest.mark.parametrize("name", ["evaluate", "main"])
 def test_dpo_only_adds_lines(name):
     rest = iter(lines_of("dpo.py", name))
     missing = [
