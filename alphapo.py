@@ -123,9 +123,8 @@ def loss_and_metrics(policy, batch: Batch, args: Arguments) -> tuple[Tensor, dic
     nll_loss = -logps[:, 0].detach().sum() / batch.step_tokens[1]  # to watch: it is not in the loss
 
     averages = averages.detach()
-    rewards = args.beta * (
-        -torch.expm1(-args.alpha * averages) / args.alpha if args.alpha else averages
-    )  # (B, 2)
+    rewards = -torch.expm1(-args.alpha * averages) / args.alpha if args.alpha else averages
+    rewards = args.beta * rewards  # (B, 2)
     log_odds_chosen = log_odds(averages[:, 0]) - log_odds(averages[:, 1])
     sums = {
         "rewards/chosen": rewards[:, 0].sum(),
@@ -151,9 +150,8 @@ def loss_and_metrics(policy, batch: Batch, args: Arguments) -> tuple[Tensor, dic
 @torch.no_grad()
 def evaluate(policy, tokenizer, test: Pairs, args: Arguments, log, step: int) -> None:
     """The metrics of the test pairs, all of them as one global batch, and completions of test prompts."""
-    for batch in common.micro_batches(
-        test, common.by_length(test), args.per_device_eval_batch_size, policy.device
-    ):
+    rows = common.by_length(test)
+    for batch in common.micro_batches(test, rows, args.per_device_eval_batch_size, policy.device):
         log.add(loss_and_metrics(policy, batch, args)[1])
     metrics, samples = common.complete(policy, tokenizer, test, args, step)
     log.evaluation(step, log.means() | metrics, samples)

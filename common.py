@@ -70,9 +70,7 @@ class Arguments:
     dataset_test_split: str = arg("test", "split to evaluate on")
     dataset_num_proc: int | None = arg(None, "processes that tokenize")
     max_length: int = arg(1024, "tokens of prompt and completion; a longer completion is cut at the end")
-    output_dir: str | None = arg(
-        None, "where all results go; the same command goes on there [output/<script>]"
-    )
+    output_dir: str | None = arg(None, "where results go; the same command goes on there [output/<script>]")
     overwrite_output_dir: bool = arg(False, "start anew: delete the earlier run in output_dir")
     learning_rate: float = arg(1e-6, "peak learning rate of AdamW")
     lr_scheduler_type: Literal["linear", "cosine", "constant"] = arg("linear", "its decay after the warm-up")
@@ -95,9 +93,7 @@ class Arguments:
     eval_prompts: int = arg(8, "test prompts that an evaluation completes, greedily and by sampling")
     max_new_tokens: int = arg(128, "tokens of a generated completion, at most")
     logging_steps: int = arg(10, "steps between reports of metrics; metrics.jsonl has every step")
-    report_to: Literal["none", "tensorboard", "wandb", "trackio"] = arg(
-        "none", "where to, besides the console"
-    )
+    report_to: Literal["none", "tensorboard", "wandb", "trackio"] = arg("none", "where to report them, too")
     run_name: str | None = arg(None, "name of the run there")
     save_steps: int = arg(500, "steps between checkpoints; the last step has one, too")
     save_total_limit: int = arg(2, "checkpoints to keep")
@@ -124,9 +120,8 @@ def parse(kind: type[Arguments], check: Callable[[Arguments], None], toy: dict) 
     args, unknown = parser.parse_args_into_dataclasses(return_remaining_strings=True)
     if unknown:
         near = difflib.get_close_matches(unknown[0], [f"--{f.name}" for f in fields(kind)], 1)
-        fail(
-            f"unknown argument {unknown[0]}; " + (f"did you mean {near[0]}?" if near else "--help lists all")
-        )
+        hint = f"did you mean {near[0]}?" if near else "--help lists all"
+        fail(f"unknown argument {unknown[0]}; {hint}")
     if not (args.model_name_or_path and args.dataset_name):
         fail("--model_name_or_path and --dataset_name go together (with neither, the built-in example runs)")
     args.output_dir = args.output_dir or f"output/{Path(sys.argv[0]).stem}"
@@ -171,9 +166,8 @@ def start(args: Arguments) -> tuple[int, int, torch.device]:
     alone = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
     # Others wait while the first process tokenizes: for longer than the default of some minutes.
     timeout = timedelta(hours=2)
-    dist.init_process_group(
-        "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=timeout, **alone
-    )
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=timeout, **alone)
     transformers.utils.logging.disable_progress_bar()
     if dist.get_rank() > 0:
         datasets.disable_progress_bars()
@@ -330,9 +324,7 @@ def tokenize_pairs(
     """Rows as token ids, by tokenize_pair or `tokenize`, less those that cannot be used; says why."""
     tokenize, found = tokenize or tokenize_pair, raw.column_names
     if not {"chosen", "rejected"} <= {*found} and (tokenize is tokenize_pair or "prompt" not in found):
-        fail(
-            f"the {name} data have no columns chosen and rejected, or for XPO prompt, but {', '.join(found)}"
-        )
+        fail(f"the {name} data lack columns chosen and rejected (XPO: or prompt); found {', '.join(found)}")
     if not len(raw):
         fail(f"the {name} data are empty")
     for column in [column for column in ("prompt", "chosen", "rejected") if column in found]:
@@ -379,15 +371,10 @@ def tokenize_pairs(
     parts = ("prompt", "chosen", "rejected")
     lengths = np.stack([pc.list_value_length(rows.data[part]).to_numpy() for part in parts], axis=1)[kept]
     rows = rows.select(kept).remove_columns(["problem", "moved"])
-    means = ", ".join(
-        f"{mean:.0f} in {part}" for part, mean in zip(parts, lengths.mean(0), strict=True) if mean
-    )
-    say(f"{len(rows)} {name} rows; tokens on average: {means}")
+    say(f"{len(rows)} {name} rows; tokens of prompt, chosen, rejected on average: {lengths.mean(0).round()}")
     if name == "training":
-        say(
-            "the first: "
-            + " ".join(f"{part}【{tokenizer.decode(rows[0][part])}】" for part in parts if rows[0][part])
-        )
+        texts = {part: tokenizer.decode(rows[0][part]) for part in parts if rows[0][part]}
+        say("the first: " + " ".join(f"{part}【{text}】" for part, text in texts.items()))
     return Pairs(rows, lengths, score_prompts)
 
 
@@ -618,9 +605,7 @@ def score(model, batch: Batch, *, collisions: bool = False) -> Scores:
         return plain_score(model, batch, collisions=collisions)
     outputs = model.get_decoder()(
         input_ids=batch.input_ids,
-        attention_mask=torch.ones_like(
-            batch.input_ids
-        ),  # with None, restarting positions would make a [T, T] mask
+        attention_mask=torch.ones_like(batch.input_ids),  # None and restarting positions mean a [T, T] mask
         position_ids=batch.position_ids,
         use_cache=False,
         packed_sequences=batch.sequences,
@@ -711,9 +696,8 @@ def enable_packing(model) -> None:
         model.packed = True
         model.set_attn_implementation("packed")
         difference = (score(model, batch).token_logps - want).abs().max().item()
-        model.packed = (
-            difference < (5e-3 if model.dtype == torch.bfloat16 else 5e-5) * want.abs().max().item()
-        )
+        tolerance = (5e-3 if model.dtype == torch.bfloat16 else 5e-5) * want.abs().max().item()
+        model.packed = difference < tolerance
         reason = f"{difference:.0e} from plain ones"
     except Exception as error:  # whatever a model does that nobody foresaw
         model.packed, reason = False, f"{type(error).__name__}: {first_line(error)}"
@@ -765,19 +749,17 @@ def generate(model, tokenizer, prompts: list[list[int]], args: Arguments, **samp
     eos = eos_ids(model, tokenizer)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else eos[0]
     # A fresh configuration: the checkpoint's temperature, top-k and so on must not change the distribution.
-    model.generation_config = transformers.GenerationConfig(
-        eos_token_id=eos, pad_token_id=pad, max_new_tokens=args.max_new_tokens, **sampling
-    )
+    sampling |= {"eos_token_id": eos, "pad_token_id": pad, "max_new_tokens": args.max_new_tokens}
+    model.generation_config = transformers.GenerationConfig(**sampling)
     completions, size = [], args.per_device_eval_batch_size
     model.eval()  # else gradient checkpointing would switch off the cache of keys and values
     try:
         with gathered(model, args) as full:
             for part in (prompts[start : start + size] for start in range(0, len(prompts), size)):
                 longest = max(map(len, part))  # padding is on the left: completions begin in the same column
-                ids = torch.tensor([[pad] * (longest - len(p)) + p for p in part], device=model.device)
-                mask = torch.tensor(
-                    [[0] * (longest - len(p)) + [1] * len(p) for p in part], device=model.device
-                )
+                ids = [[pad] * (longest - len(p)) + p for p in part]
+                mask = [[0] * (longest - len(p)) + [1] * len(p) for p in part]
+                ids, mask = (torch.tensor(rows, device=model.device) for rows in (ids, mask))
                 out = model.generate(input_ids=ids, attention_mask=mask, synced_gpus=not full)
                 completions += out[:, longest:].tolist()
     finally:
@@ -801,17 +783,14 @@ def complete(policy, tokenizer, test: Pairs, args: Arguments, step: int) -> tupl
     greedy = generate(policy, tokenizer, rows["prompt"], args, do_sample=False)
     sampled = generate(policy, tokenizer, rows["prompt"], args, do_sample=True, temperature=1.0, top_k=0)
     texts = [tokenizer.batch_decode(y, skip_special_tokens=True) for y in (rows["prompt"], greedy, sampled)]
-    columns = dict(zip(("prompt", "greedy", "sampled"), texts, strict=True))
+    columns = dict(zip(("step", "prompt", "greedy", "sampled"), ([step] * len(greedy), *texts), strict=True))
     columns |= {"answer": rows["answer"]} if "answer" in rows else {}
-    mine = [
-        {"step": step} | dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)
-    ]
+    mine = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
     samples, metrics = gather_rows(mine), {}
     if "answer" in rows:
         for name, kind in (("exact_match", "greedy"), ("exact_match_sampled", "sampled")):
-            metrics[name] = (
-                sum(sample[kind].strip() == str(sample["answer"]).strip() for sample in samples) / count
-            )
+            right = [sample[kind].strip() == str(sample["answer"]).strip() for sample in samples]
+            metrics[name] = sum(right) / count
     return metrics, samples
 
 
@@ -881,9 +860,7 @@ class Log:
         self.interrupted = metrics.pop("interrupted") > 0
         return metrics
 
-    def step(
-        self, step: int, metrics: dict[str, float], grad_norm: float, lr: float, pairs: int, tokens: int
-    ) -> None:
+    def step(self, step: int, metrics: dict, grad_norm: float, lr: float, pairs: int, tokens: int) -> None:
         """Write the metrics of a step, on so many pairs and tokens in all."""
         seconds, self.time = time.perf_counter() - self.time, time.perf_counter()
         self.skipped = 0 if math.isfinite(grad_norm) else self.skipped + 1
@@ -1059,9 +1036,8 @@ def save_model(args: Arguments, policy, tokenizer) -> None:
 
             hub, name = HfApi(), args.hub_model_id or Path(args.output_dir).name
             name = hub.create_repo(name, exist_ok=True).repo_id
-            hub.upload_folder(
-                repo_id=name, folder_path=args.output_dir, ignore_patterns=["checkpoints/*", "*.npy"]
-            )
+            ignored = ["checkpoints/*", "*.npy"]
+            hub.upload_folder(repo_id=name, folder_path=args.output_dir, ignore_patterns=ignored)
             say(f"uploaded to {name}")
         write_run(args, finished=True)
         say(f"finished: the model is in {args.output_dir}")

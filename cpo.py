@@ -174,9 +174,8 @@ def loss_and_metrics(policy, batch: Batch, args: Arguments) -> tuple[Tensor, dic
     loss = losses_of(values, args).sum() / batch.step_pairs + args.cpo_alpha * nll_loss
 
     values = values.detach()
-    rewards = args.beta * (
-        -torch.expm1(-args.alpha * values) / args.alpha if args.alpha else values
-    )  # (B, 2)
+    rewards = -torch.expm1(-args.alpha * values) / args.alpha if args.alpha else values
+    rewards = args.beta * rewards  # (B, 2)
     sums = {
         "rewards/chosen": rewards[:, 0].sum(),
         "rewards/rejected": rewards[:, 1].sum(),
@@ -199,9 +198,8 @@ def loss_and_metrics(policy, batch: Batch, args: Arguments) -> tuple[Tensor, dic
 @torch.no_grad()
 def evaluate(policy, tokenizer, test: Pairs, args: Arguments, log, step: int) -> None:
     """The metrics of the test pairs, all of them as one global batch, and completions of test prompts."""
-    for batch in common.micro_batches(
-        test, common.by_length(test), args.per_device_eval_batch_size, policy.device
-    ):
+    rows = common.by_length(test)
+    for batch in common.micro_batches(test, rows, args.per_device_eval_batch_size, policy.device):
         log.add(loss_and_metrics(policy, batch, args)[1])
     metrics, samples = common.complete(policy, tokenizer, test, args, step)
     log.evaluation(step, log.means() | metrics, samples)

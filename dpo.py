@@ -31,13 +31,7 @@ from common import Batch, Pairs, arg
 
 # --------------------------------------------------------------------------------------------------- the loss
 
-OF_THE_MARGIN = (
-    "sigmoid",
-    "hinge",
-    "robust",
-    "exo_pair",
-    "discopop",
-)  # functions of z: f-divergences redefine it
+OF_THE_MARGIN = ("sigmoid", "hinge", "robust", "exo_pair", "discopop")  # f-divergences redefine the margin z
 OF_REWARDS = ("nca_pair", "bco_pair", "sppo_hard", "apo_zero", "apo_down")  # of both rewards, not only of z
 AVERAGED = ("ipo", "sigmoid_norm", "sft")  # of log-probabilities per token: sums divided by lengths
 WHOLE_BATCH = ("aot", "aot_unpaired", "aot_pair")  # they sort, so they need all pairs of the step at once
@@ -80,9 +74,7 @@ def dpo_loss(
     chosen_rewards, rejected_rewards = beta * chosen, beta * rejected
     margins = f_margin(chosen, rejected, beta, f_divergence_type, f_alpha_divergence_coef)  # z in the papers
 
-    def classify(
-        margins: Tensor,
-    ) -> Tensor:  # logistic loss; smoothed, it is conservative DPO (cdpo.pdf eq. 3)
+    def classify(margins: Tensor) -> Tensor:  # logistic loss; smoothed: conservative DPO (cdpo.pdf eq. 3)
         return -F.logsigmoid(margins) * (1 - label_smoothing) - F.logsigmoid(-margins) * label_smoothing
 
     match loss_type:
@@ -284,17 +276,15 @@ def loss_and_metrics(policy, reference, batch: Batch, args: Arguments, bco_delta
     Parts are sums over pairs divided by the number of pairs in the global batch. So they add up, and neither
     loss nor gradient depends on how the batch is split over processes and micro-batches.
     """
-    ref_logps = reference_logps(
-        reference, batch, args
-    )  # first, for memory: it keeps nothing for a backward pass
+    # First, for memory: it keeps nothing for a backward pass.
+    ref_logps = reference_logps(reference, batch, args)
     scores = policy.score(batch, collisions=args.use_weighting)
     logps = sum_logps(scores.token_logps, batch, args)  # (B, 2)
     averages = logps / batch.lengths
 
     weights = 1.0
-    if (
-        args.use_weighting
-    ):  # WPO, 2406.11827 eq. 2: pairs that the policy itself could have written count for more
+    if args.use_weighting:
+        # WPO, 2406.11827 eq. 2: pairs that the policy itself could have written count for more.
         log_weights = batch.sum(scores.token_logps.detach() - scores.log_collisions) / batch.lengths  # (B, 2)
         weights = log_weights.sum(1).exp().clamp(max=1)  # (B,)
 
@@ -356,9 +346,8 @@ def precompute(reference, pairs: Pairs, groups, size: int, path: Path, args: Arg
 @torch.no_grad()
 def evaluate(policy, reference, tokenizer, test: Pairs, args: Arguments, log, step: int, bco_delta) -> None:
     """The metrics of the test pairs, all of them as one global batch, and completions of test prompts."""
-    for batch in common.micro_batches(
-        test, common.by_length(test), args.per_device_eval_batch_size, policy.device
-    ):
+    rows = common.by_length(test)
+    for batch in common.micro_batches(test, rows, args.per_device_eval_batch_size, policy.device):
         log.add(loss_and_metrics(policy, reference, batch, args, bco_delta)[1])
     metrics, samples = common.complete(policy, tokenizer, test, args, step)
     log.evaluation(step, log.means() | metrics, samples)
@@ -389,9 +378,8 @@ def main(args: Arguments) -> None:
         train = precompute(reference, train, groups, args.per_device_train_batch_size, path, args)
         if test is not None:
             path = Path(args.output_dir, "reference_logps_test.npy")
-            test = precompute(
-                reference, test, [common.by_length(test)], args.per_device_eval_batch_size, path, args
-            )
+            groups, size = [common.by_length(test)], args.per_device_eval_batch_size
+            test = precompute(reference, test, groups, size, path, args)
         reference = None
         gc.collect()  # it refers to itself
 
@@ -413,9 +401,8 @@ def main(args: Arguments) -> None:
 
         metrics = log.means()
         if math.isfinite(grad_norm):
-            bco_delta += ((metrics["rewards/chosen"] + metrics["rewards/rejected"]) / 2 - bco_delta) / (
-                step + 1
-            )
+            reward = (metrics["rewards/chosen"] + metrics["rewards/rejected"]) / 2
+            bco_delta += (reward - bco_delta) / (step + 1)
         if args.sync_ref_model and (step + 1) % args.ref_model_sync_steps == 0:
             for old, new in zip(reference.parameters(), policy.parameters(), strict=True):
                 old.data.lerp_(new.data, args.ref_model_mixup_alpha)

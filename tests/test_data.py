@@ -134,12 +134,13 @@ def test_xpo_has_the_same_prompts(format):
 
 
 def test_a_csv_file_has_texts_even_if_they_look_like_numbers_or_nothing(tmp_path):
-    rows = [{"": i} | pair(*parts) for i, parts in enumerate([("007", "null", "nan"), ("", "a b", "a c")])]
+    rows = [{"": i} | pair(*parts) for i, parts in enumerate([("a", "null", "007"), ("", "nan", "1")])]
     path = write(tmp_path / "pairs.csv", rows)  # with row numbers, as pandas writes them
     path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())  # and a byte order mark, as Excel does
     train, _ = load(path)
-    assert train.rows["prompt"][:] == [ids("007"), ids("<s>")]
-    assert train.rows["chosen"][:] == [ids("null</s>"), ids("a b</s>")]
+    assert train.rows["prompt"][:] == [ids("a"), ids("<s>")]
+    assert train.rows["chosen"][:] == [ids("null</s>"), ids("nan</s>")]
+    assert train.rows["rejected"][:] == [ids("007</s>"), ids("1</s>")]
 
 
 def test_templates_see_only_the_fields_that_a_message_has(tmp_path):
