@@ -3,7 +3,6 @@
 What decides the gradient is not here but in the scripts: losses, how log-probabilities are reduced, the step.
 """
 
-import csv
 import difflib
 import glob
 import importlib.util
@@ -295,12 +294,13 @@ def load_pairs(args: Arguments, tokenizer, **options) -> tuple[Pairs, Pairs | No
     """
     path = Path(args.dataset_name)
     kind = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}.get(path.suffix)
+    if kind and not path.is_file():
+        fail(f"there is no file {path}")
     try:
-        if path.is_file() and kind:
-            reading = {}
-            if kind == "csv":  # all are texts, also 007 and null
-                columns = dict.fromkeys(next(csv.reader(path.open(newline=""))), datasets.Value("string"))
-                reading = {"features": datasets.Features(columns), "keep_default_na": False}
+        if kind:
+            # Of these columns all are texts, also 007 and null.
+            texts = dict.fromkeys(("prompt", "chosen", "rejected", "answer"), str)
+            reading = {"converters": texts, "keep_default_na": False} if kind == "csv" else {}
             splits = datasets.load_dataset(kind, data_files=glob.escape(str(path)), **reading)
         else:
             splits = datasets.load_dataset(args.dataset_name, args.dataset_config)
@@ -347,7 +347,8 @@ def tokenize_pairs(
     columns, processes = [column for column in found if column != "answer"], args.dataset_num_proc
     # Not the default fingerprint, to which a function is the same as long as its name is. (XPO's prompts
     # have to leave room for max_new_tokens.)
-    code = [Path(module.__file__).read_text() for module in (sys.modules[__name__], sys.modules["__main__"])]
+    main = getattr(sys.modules["__main__"], "__file__", __file__)  # a notebook has none, and a pipe no file
+    code = [Path(file).read_text() for file in (__file__, main) if Path(file).is_file()]
     fingerprint = Hasher.hash([raw._fingerprint, code, tokenizer, args.max_length, args.max_new_tokens])
     rows = raw.map(
         tokenize,
@@ -393,7 +394,7 @@ def tokenize_pair(row: dict, tokenizer, max_length: int) -> dict:
     try:
         alone = encode(tokenizer, prompt)
         chosen, rejected = encode(tokenizer, prompt, chosen), encode(tokenizer, prompt, rejected)
-    except TemplateError as error:  # such as two answers in a row
+    except (TemplateError, ValueError) as error:  # such as two answers in a row
         return result | {"problem": f"the chat template refuses it: {first_line(error)}"}
     shared = min(shared_length(alone, chosen), shared_length(alone, rejected))
     prompt, chosen, rejected = alone[:shared], chosen[shared:], rejected[shared:]
@@ -417,7 +418,7 @@ def split_prompt(prompt, chosen, rejected) -> tuple:
     if isinstance(prompt, list) and isinstance(chosen, str):
         chosen, rejected = ([{"role": "assistant", "content": y}] for y in (chosen, rejected))
     if isinstance(prompt, str) and isinstance(chosen, list):  # unless the answers have it, too
-        prompt = [{"role": "user", "content": prompt}] if chosen[0]["role"] == "assistant" else None
+        prompt = [{"role": "user", "content": prompt}] if chosen[0].get("role") == "assistant" else None
     return extract_prompt(chosen, rejected) if prompt is None else (prompt, chosen, rejected)
 
 
@@ -448,6 +449,11 @@ def encode(tokenizer, prompt: str | list[dict], completion: str | list[dict] | N
     Of conversations, what the chat template makes. Of texts, EOS once, and BOS once if the tokenizer adds it.
     """
     if isinstance(prompt, list):
+        if (
+            completion and prompt[-1]["role"] == completion[0]["role"] == "assistant"
+        ):  # it goes on with the turn
+            turn = prompt[-1] | {"content": prompt[-1]["content"] + completion[0]["content"]}
+            prompt, completion = [*prompt[:-1], turn], completion[1:]
         messages = [{k: v for k, v in m.items() if v is not None} for m in prompt + (completion or [])]
         goes_on = completion is None and messages[-1]["role"] == "assistant"
         end = {"continue_final_message": goes_on, "add_generation_prompt": completion is None and not goes_on}
@@ -456,9 +462,9 @@ def encode(tokenizer, prompt: str | list[dict], completion: str | list[dict] | N
     ids = tokenizer(text)["input_ids"]
     if ids[:2] == [bos, bos]:  # the tokenizer's and the text's own
         ids = ids[1:]
-    while ids[-1:] == [eos]:
+    while ids[-1:] == [eos] and ids != [bos]:  # OPT's BOS is EOS, too
         ids = ids[:-1]
-    ends = completion is not None or text.endswith(tokenizer.eos_token or "\0")
+    ends = completion is not None or (text.endswith(tokenizer.eos_token or "\0") and ids != [bos])
     return [*ids, eos] if ends and eos is not None else ids
 
 

@@ -499,3 +499,8 @@ def test_processes_share_a_batch(world, size, monkeypatch):
             assert part.reference_logps.tolist() == pairs.reference_logps[part.rows].tolist()
             seen += part.rows.tolist()
     assert sorted(seen) == sorted(batch) and len(numbers) == 1
+
+
+def test_an_answer_that_goes_on_with_a_turn_is_one_turn():
+    row = tokenize_pair(pair(user("a") + answer("on"), answer("e"), answer("ce")), TOY, 99)
+    assert [row[part] for part in PARTS] == [ids("<s>a=on"), ids("e</s>"), ids("ce</s>")]
