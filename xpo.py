@@ -274,7 +274,8 @@ def loss_and_metrics(policy, reference, batch: Batch, wins: Tensor, args: Argume
     sums = {
         "loss/dpo": (losses.detach() - bonus).sum(),
         "loss/xpo": bonus.sum(),
-        "objective/kl": log_ratios.sum() / 2,
+        "objective/kl": log_ratios.sum() / 2,  # over both samples, as TRL had it: no KL divergence
+        "objective/policy_kl": log_ratios[:, 0].sum(),  # KL(π || π_ref), estimated on the policy's samples
         "objective/entropy": -labelled.sum() / 2,
         "rewards/chosen": rewards[:, 0].sum(),
         "rewards/rejected": rewards[:, 1].sum(),
