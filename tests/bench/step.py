@@ -1,9 +1,9 @@
 """One training step against TRL's: python tests/bench/step.py dpo|cpo|simpo|orpo [--steps 10] [--pairs 4]
 
-Needs `pip install '.[bench]'`. The same model (random, Qwen2-shaped), pairs (lengths like UltraFeedback's), batch,
-precision and optimizer; ours and TRL's steps in turn, in one process. Prints the median and the quartiles of
-the ratio of their times, and loss and gradient norm of both, which have to agree. With --memory ours or trl,
-the peak memory of three steps of the one, less what was there before the first.
+Needs `pip install .[bench]`. The same model (random, Qwen2-shaped), pairs (lengths like UltraFeedback),
+batch, precision and optimizer; ours and TRL's steps in turn, in one process. Prints the median and the
+quartiles of the ratio of their times, and loss and gradient norm of both, which have to agree. With
+--memory ours or trl, the peak memory of three steps of the one, less what was there before the first.
 """
 
 import argparse
@@ -169,9 +169,7 @@ def main() -> None:
                 step()
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
             above, start = (peak - before) / 2**20, before / 2**20
-            print(
-                f"{args.method} {args.memory}: {above:.2f} GiB above the {start:.2f} GiB before the first step"
-            )
+            print(f"{args.method} {args.memory}: {above:.2f} GiB above {start:.2f} GiB")
             return
         steps = {"ours": ours(args.method, folder, pairs), "trl": trl(args.method, folder, pairs)}
         times = {name: [] for name in steps}
