@@ -8,8 +8,8 @@ It writes next to itself:
     sft/               a 336k-parameter character-level Llama and its tokenizer, trained on noisy translations
     pairs/train.jsonl  2,000 preference pairs: a perfect translation is chosen over an imperfect one
     pairs/test.jsonl   the same for 500 numbers that neither sft/ nor the training pairs have seen
-    reward/            the same Llama with a score for a head, for online methods: 1 for a perfect translation,
-                       0.5 for an adequate one, 0 for a wrong one
+    reward/            the same Llama with a score for a head, for online methods: 1 for perfect texts,
+                       0.5 for adequate ones, 0 for wrong ones
 
 The translators that the model imitates are perfect 30% of the time, adequate 55% and wrong 15%. Imitation is
 thus capped: the model knows the perfect form but seldom says it. Preference optimization can close the gap,
