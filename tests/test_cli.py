@@ -1,5 +1,7 @@
 """Command lines: what carries over from TRL's documentation, and one clear line for what is wrong."""
 
+import importlib
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -112,3 +114,30 @@ def test_wrong_arguments_leave_nothing_behind(tmp_path, command):
     assert LATE[command] in result.stderr.splitlines()[-1]
     assert "Traceback" not in result.stderr
     assert not (tmp_path / "out").exists()
+
+
+def commands(text: str) -> list[list[str]]:
+    """The scripts' command lines in README.md or a docstring, from the script's name on."""
+    lines = re.sub(r"\s*\\\n\s*", " ", text).splitlines()
+    found = [
+        re.search(r"(?:python|torchrun)\b[^#`]*?\b((?:dpo|cpo|alphapo|orpo|xpo)\.py\b[^#`&]*)", line)
+        for line in lines
+    ]
+    return [match[1].split("   ")[0].split() for match in found if match and "..." not in match[1]]
+
+
+TEXTS = {path.name: path.read_text() for path in (ROOT / "README.md", *ROOT.glob("*po.py"))}
+COMMANDS = [(name, command) for name, text in TEXTS.items() for command in commands(text)]
+
+
+@pytest.mark.parametrize(
+    ("name", "command"), COMMANDS, ids=[f"{name}: {' '.join(c)}" for name, c in COMMANDS]
+)
+def test_documented_commands_are_taken(monkeypatch, name, command):
+    monkeypatch.chdir(ROOT)
+    script = importlib.import_module(command[0].removesuffix(".py"))
+    parse(monkeypatch, script, " ".join(command[1:]))
+
+
+def test_commands_are_found():
+    assert {name for name, _ in COMMANDS} == TEXTS.keys() and len(COMMANDS) >= 12
