@@ -1,4 +1,4 @@
-"""One training step against TRL's: python tests/bench/step.py dpo|cpo|simpo|orpo [--steps 10] [--pairs 4]
+"""One training step against TRL's: python tests/bench/step.py METHOD [--steps 10] [--pairs 4]
 
 Needs `pip install .[bench]`. The same model (random, Qwen2-shaped), pairs (lengths like UltraFeedback),
 batch, precision and optimizer; ours and TRL's steps in turn, in one process. Prints the median and the
@@ -13,6 +13,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import numpy as np
@@ -26,6 +27,7 @@ import common  # noqa: E402
 import cpo  # noqa: E402
 import dpo  # noqa: E402
 import orpo  # noqa: E402
+import xpo  # noqa: E402
 
 VOCABULARY = 8192
 MODEL = Qwen2Config(
@@ -54,8 +56,8 @@ def make_pairs(n: int, seed: int = 0) -> list[dict[str, list[int]]]:
 
 def ours(method: str, folder: str, pairs: list[dict]):
     """A function that takes one training step on all pairs; (loss, gradient norm)."""
-    script = {"dpo": dpo, "cpo": cpo, "simpo": cpo, "orpo": orpo}[method]
-    options = {"loss_type": "simpo"} if method == "simpo" else {}
+    script = {"dpo": dpo, "cpo": cpo, "simpo": cpo, "orpo": orpo, "xpo": xpo}[method]
+    options = {"simpo": {"loss_type": "simpo"}, "xpo": {"judge": f"{__file__}:main"}}.get(method, {})
     args = script.Arguments(
         model_name_or_path=folder,
         dataset_name="none",
@@ -68,7 +70,7 @@ def ours(method: str, folder: str, pairs: list[dict]):
     script.check(args)
     _, _, device = common.start(args)
     policy = common.load_model(folder, args, device, trainable=True)
-    reference = common.load_model(folder, args, device, trainable=False) if method == "dpo" else None
+    reference = common.load_model(folder, args, device, trainable=False) if method in ("dpo", "xpo") else None
     optimizer = common.adamw(policy, args)
     lengths = np.array([[len(pair[part]) for part in ("prompt", "chosen", "rejected")] for pair in pairs])
     rows = datasets.Dataset.from_list(pairs)
@@ -79,6 +81,9 @@ def ours(method: str, folder: str, pairs: list[dict]):
         for batch in common.micro_batches(data, order, len(pairs), device):
             if method == "dpo":
                 loss, _ = dpo.loss_and_metrics(policy, reference, batch, args, torch.zeros(()))
+            elif method == "xpo":  # chosen and rejected stand for the samples of policy and reference
+                wins = torch.from_numpy(batch.rows % 2 == 0)
+                loss, _ = xpo.loss_and_metrics(policy, reference, batch, wins, args, epoch=0)
             else:
                 loss, _ = script.loss_and_metrics(policy, batch, args)
             loss.backward()
@@ -92,6 +97,8 @@ def ours(method: str, folder: str, pairs: list[dict]):
 
 def trl(method: str, folder: str, pairs: list[dict]):
     """The same with TRL's trainer: its data collator, its loss, its backward pass, the same optimizer."""
+    if method == "xpo":
+        return trl_xpo(folder, pairs)
     tokenizer = AutoTokenizer.from_pretrained(common.TOY_MODEL)
     options = dict(
         output_dir=f"{folder}/trl", per_device_train_batch_size=len(pairs), report_to="none", bf16=False
@@ -147,11 +154,44 @@ def trl(method: str, folder: str, pairs: list[dict]):
     return step
 
 
+def trl_xpo(folder: str, pairs: list[dict]):
+    """The training part of a step of TRL 1.13, the last release with XPO: its log-probabilities and loss."""
+    from trl.experimental.xpo import XPOTrainer
+
+    model, reference = (AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32) for _ in range(2))
+    reference.eval().requires_grad_(False)
+    args = SimpleNamespace(loss_type="sigmoid")
+    trainer = SimpleNamespace(ref_model=reference, args=args, beta=0.1, alpha=1e-5)
+    wins = torch.arange(len(pairs)) % 2 == 0
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, weight_decay=0.0, fused=True)
+    prompt_length = max(len(pair["prompt"]) for pair in pairs)
+
+    def padded(side: str) -> dict[str, torch.Tensor]:
+        longest, ids, mask = max(len(pair[side]) for pair in pairs), [], []
+        for pair in pairs:
+            left, right = prompt_length - len(pair["prompt"]), longest - len(pair[side])
+            ids.append([0] * left + pair["prompt"] + pair[side] + [0] * right)
+            mask.append([0] * left + [1] * len(pair["prompt"] + pair[side]) + [0] * right)
+        return {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask)}
+
+    def step() -> tuple[float, float]:
+        data = padded("chosen"), padded("rejected")
+        logps = XPOTrainer._compute_logprobs(trainer, model, *data, prompt_length)
+        loss, _, _ = XPOTrainer._compute_losses(trainer, *logps, wins)
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1e9).item()
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss.item(), norm
+
+    return step
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("method", choices=["dpo", "cpo", "simpo", "orpo"])
+    parser.add_argument("method", choices=["dpo", "cpo", "simpo", "orpo", "xpo"])
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--pairs", type=int, default=4)
     parser.add_argument("--memory", choices=["ours", "trl"])
