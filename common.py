@@ -15,6 +15,7 @@ import shutil
 import signal
 import sys
 import time
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
@@ -729,15 +730,16 @@ def gathered(model, args: Arguments) -> Iterator[bool]:
         fits *= size < 0.8 * free
     dist.all_reduce(fits, op=dist.ReduceOp.MIN)
     parts = [m for m in model.modules() if isinstance(m, FSDPModule)] if fits else []
+    hooks = [(part._forward_pre_hooks, part._forward_hooks) for part in parts]
     for part in parts:
         part.unshard()
-        part.set_reshard_after_forward(False, recurse=False)
+        # Without the hooks that gather and shard again, which cost time at every layer of every token.
+        part._forward_pre_hooks, part._forward_hooks = OrderedDict(), OrderedDict()
     try:
         yield bool(fits)
     finally:
-        trained = next(model.parameters()).requires_grad
-        for part in parts:  # as load_model had it
-            part.set_reshard_after_forward(part is not model or not trained, recurse=False)
+        for part, (before, after) in zip(parts, hooks, strict=True):
+            part._forward_pre_hooks, part._forward_hooks = before, after
             part.reshard()
 
 

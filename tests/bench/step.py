@@ -1,12 +1,21 @@
-"""One training step against TRL's: python tests/bench/step.py METHOD [--steps 10] [--pairs 4]
+"""Training steps against TRL's: python tests/bench/step.py METHOD [--lengths chat|summary|story] [--steps 10]
 
-Needs `pip install .[bench]`. The same model (random, Qwen2-shaped), pairs (lengths like UltraFeedback),
-batch, precision and optimizer; ours and TRL's steps in turn, in one process. Prints the median and the
-quartiles of the ratio of their times, and loss and gradient norm of both, which have to agree. With
---memory ours or trl, the peak memory of three steps of the one, less what was there before the first.
+The same model (random weights), pairs, batch, precision and optimizer; steps of ours and of TRL's in turn,
+in one process. Prints loss and gradient norm of each, which have to agree, and how long a step takes. METHOD
+is dpo, precomputed (DPO, reference log-probabilities known), cpo, simpo, orpo, which need `pip install
+.[bench]` (TRL 1.16), or xpo (the training part of a step), generation (XPO's), which need TRL 1.13, the last
+release with an XPO trainer. The contestants:
+
+    ours    our defaults
+    trl     TRL's defaults: gradient checkpointing, pairs of a micro-batch in random order
+    fast    TRL without gradient checkpointing
+    best    the same, pairs of similar length together, and on CPUs, too, the head only where it is needed
+
+--memory NAME prints the peak memory of three steps of the one, less what was there before the first.
 """
 
 import argparse
+import json
 import resource
 import statistics
 import sys
@@ -19,7 +28,7 @@ import datasets
 import numpy as np
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, Qwen2Config
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
@@ -29,204 +38,318 @@ import dpo  # noqa: E402
 import orpo  # noqa: E402
 import xpo  # noqa: E402
 
-VOCABULARY = 8192
-MODEL = Qwen2Config(
-    vocab_size=VOCABULARY,
-    hidden_size=256,
-    intermediate_size=1024,
-    num_hidden_layers=6,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    tie_word_embeddings=True,
-)
+SIZES = {  # the head has a quarter of the weights in both
+    "small": dict(vocab_size=4096, hidden_size=256, intermediate_size=1024, num_hidden_layers=3)
+    | dict(num_attention_heads=4, num_key_value_heads=2),
+    "0.5b": dict(vocab_size=151936, hidden_size=896, intermediate_size=4864, num_hidden_layers=24)
+    | dict(num_attention_heads=14, num_key_value_heads=2),
+}
+# Tokens of prompt and completion, on average and at most: as in UltraFeedback, in summarisation, in fiction.
+LENGTHS = {"chat": (190, 512, 280, 512), "summary": (700, 896, 60, 128), "story": (30, 128, 600, 896)}
+METHODS = ["dpo", "precomputed", "cpo", "simpo", "orpo", "xpo", "generation"]
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+NEW_TOKENS = 64
 
 
-def make_pairs(n: int, seed: int = 0) -> list[dict[str, list[int]]]:
-    """Token ids: prompts of about 190 tokens, completions of about 280, all in all at most 1,024."""
+def make_pairs(n: int, lengths: str, vocabulary: int, seed: int = 0) -> list[dict[str, list[int]]]:
+    """Token ids; lengths are log-normal."""
     rng = np.random.default_rng(seed)
+    prompt, longest_prompt, completion, longest_completion = LENGTHS[lengths]
 
     def draw(mean: float, most: int) -> list[int]:
-        length = int(np.clip(rng.lognormal(np.log(mean) - 0.25, 0.7), 8, most))
-        return rng.integers(10, VOCABULARY, length).tolist()
+        length = int(np.clip(rng.lognormal(np.log(mean) - 0.125, 0.5), 8, most))
+        return rng.integers(10, vocabulary, length).tolist()
 
-    return [
-        {"prompt": draw(190, 512), "chosen": draw(280, 512), "rejected": draw(280, 512)} for _ in range(n)
-    ]
+    def pair() -> dict[str, list[int]]:
+        sides = {side: draw(completion, longest_completion) for side in ("chosen", "rejected")}
+        return {"prompt": draw(prompt, longest_prompt)} | sides
+
+    return [pair() for _ in range(n)]
 
 
-def ours(method: str, folder: str, pairs: list[dict]):
-    """A function that takes one training step on all pairs; (loss, gradient norm)."""
-    script = {"dpo": dpo, "cpo": cpo, "simpo": cpo, "orpo": orpo, "xpo": xpo}[method]
-    options = {"simpo": {"loss_type": "simpo"}, "xpo": {"judge": f"{__file__}:main"}}.get(method, {})
-    args = script.Arguments(
-        model_name_or_path=folder,
-        dataset_name="none",
-        output_dir=f"{folder}/ours",
-        batch_size=len(pairs),
-        per_device_train_batch_size=len(pairs),
-        max_grad_norm=1e9,
-        **options,
-    )
-    script.check(args)
-    _, _, device = common.start(args)
-    policy = common.load_model(folder, args, device, trainable=True)
-    reference = common.load_model(folder, args, device, trainable=False) if method in ("dpo", "xpo") else None
-    optimizer = common.adamw(policy, args)
-    lengths = np.array([[len(pair[part]) for part in ("prompt", "chosen", "rejected")] for pair in pairs])
-    rows = datasets.Dataset.from_list(pairs)
-    data = common.Pairs(rows, lengths, score_prompts=method == "orpo")
-    order = lengths.sum(1).argsort()
+class Contestant:
+    """A model with its optimizer: step() takes a training step on all pairs; (loss, gradient norm)."""
 
-    def step() -> tuple[float, float]:
-        for batch in common.micro_batches(data, order, len(pairs), device):
-            if method == "dpo":
-                loss, _ = dpo.loss_and_metrics(policy, reference, batch, args, torch.zeros(()))
-            elif method == "xpo":  # chosen and rejected stand for the samples of policy and reference
-                wins = torch.from_numpy(batch.rows % 2 == 0)
-                loss, _ = xpo.loss_and_metrics(policy, reference, batch, wins, args, epoch=0)
-            else:
-                loss, _ = script.loss_and_metrics(policy, batch, args)
+    def __init__(self, name: str, method: str, folder: str, pairs: list[dict], size: int):
+        self.pairs, self.size = pairs, size
+        self.wins = {id(pair): i % 2 == 0 for i, pair in enumerate(pairs)}  # for XPO, whatever the order
+        if name == "ours":
+            self.begin_ours(method, folder)
+            return
+        self.checkpointing = name == "trl"
+        if name == "best":
+            self.pairs = sorted(pairs, key=lambda pair: sum(map(len, pair.values())))
+            if method in ("dpo", "precomputed"):
+                import trl.trainer.utils
+
+                trl.trainer.utils._use_triton = lambda device: True  # here this decides about the head only
+        {"xpo": self.begin_trl_xpo, "generation": self.begin_trl_xpo}.get(method, self.begin_trl)(
+            method, folder
+        )
+
+    def step(self) -> tuple[float, float]:
+        total = 0.0
+        for loss in self.losses():
             loss.backward()
-        norm = common.clip_grad_norm(policy, args.max_grad_norm)
-        optimizer.step()
-        optimizer.zero_grad()
-        return loss.item(), norm
+            total += loss.detach()
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1e9)
+        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return total.item(), norm.item()
 
-    return step
-
-
-def trl(method: str, folder: str, pairs: list[dict]):
-    """The same with TRL's trainer: its data collator, its loss, its backward pass, the same optimizer."""
-    if method == "xpo":
-        return trl_xpo(folder, pairs)
-    tokenizer = AutoTokenizer.from_pretrained(common.TOY_MODEL)
-    options = dict(
-        output_dir=f"{folder}/trl", per_device_train_batch_size=len(pairs), report_to="none", bf16=False
-    )
-    options |= dict(max_length=1024, gradient_checkpointing=False, learning_rate=1e-6, max_grad_norm=1e9)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    text = [{name: "0" for name in ("prompt", "chosen", "rejected")}]
-    if method == "dpo":
-        from trl import DPOConfig, DPOTrainer
-
-        trainer = DPOTrainer(
-            model,
-            args=DPOConfig(**options),
-            train_dataset=datasets.Dataset.from_list(text),
-            processing_class=tokenizer,
+    def begin_ours(self, method: str, folder: str) -> None:
+        script = {"cpo": cpo, "simpo": cpo, "orpo": orpo, "xpo": xpo, "generation": xpo}.get(method, dpo)
+        options = {"loss_type": "simpo"} if method == "simpo" else {}
+        options |= {"judge": f"{__file__}:main"} if script is xpo else {}
+        args = script.Arguments(
+            model_name_or_path=folder,
+            dataset_name="none",
+            output_dir=f"{folder}/ours",
+            batch_size=len(self.pairs),
+            per_device_train_batch_size=self.size,
+            per_device_eval_batch_size=len(self.pairs),
+            max_new_tokens=NEW_TOKENS,
+            **options,
         )
-        rows = [{f"{k}_ids": v for k, v in pair.items()} for pair in pairs]
-    else:
-        from trl.experimental.cpo import CPOConfig, CPOTrainer
-        from trl.experimental.orpo import ORPOConfig, ORPOTrainer
+        script.check(args)
+        _, _, device = common.start(args)
+        self.model = common.load_model(folder, args, device, trainable=True)
+        self.optimizer, reference = common.adamw(self.model, args), None
+        if script in (dpo, xpo):
+            reference = common.load_model(folder, args, device, trainable=False, compact=True)
+        parts = ("prompt", "chosen", "rejected")
+        lengths = np.array([[len(pair[part]) for part in parts] for pair in self.pairs])
+        data = common.Pairs(datasets.Dataset.from_list(self.pairs), lengths, score_prompts=method == "orpo")
+        if method == "precomputed":
+            with torch.no_grad():
+                found = [
+                    dpo.reference_logps(reference, batch, args).cpu()
+                    for batch in common.micro_batches(data, np.arange(len(lengths)), self.size, device)
+                ]
+            data, reference = data._replace(reference_logps=torch.cat(found).numpy()), None
+        rows = common.by_length(data)
 
-        options |= (
-            dict(loss_type="simpo", cpo_alpha=0.0, beta=2.5, simpo_gamma=1.375) if method == "simpo" else {}
+        def losses():
+            for batch in common.micro_batches(data, rows, self.size, device):
+                if script is xpo:  # chosen and rejected stand for the samples of policy and reference
+                    wins = torch.from_numpy(batch.rows % 2 == 0).to(device)
+                    yield xpo.loss_and_metrics(self.model, reference, batch, wins, args, epoch=0)[0]
+                elif script is dpo:
+                    yield dpo.loss_and_metrics(self.model, reference, batch, args, torch.zeros(()))[0]
+                else:
+                    yield script.loss_and_metrics(self.model, batch, args)[0]
+
+        def generate():
+            prompts, tokenizer = [pair["prompt"] for pair in self.pairs], SimpleNamespace(pad_token_id=0)
+            for model in (self.model, reference):
+                common.generate(model, tokenizer, prompts, args, **xpo.sampling(args))
+            return 0.0, 0.0
+
+        self.losses = losses
+        if method == "generation":
+            self.step = generate
+
+    def begin_trl(self, method: str, folder: str) -> None:
+        """TRL's data collator (host work counts, as ours does), its loss and its precision."""
+        tokenizer = AutoTokenizer.from_pretrained(common.TOY_MODEL)
+        options = dict(output_dir=f"{folder}/trl", per_device_train_batch_size=self.size, report_to="none")
+        options |= dict(max_length=1024, bf16=DEVICE.type == "cuda", disable_tqdm=True)
+        self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        text = datasets.Dataset.from_list([dict.fromkeys(("prompt", "chosen", "rejected"), "0")])
+        data = dict(train_dataset=text, processing_class=tokenizer)
+        if method in ("dpo", "precomputed"):
+            from trl import DPOConfig, DPOTrainer
+
+            trainer = DPOTrainer(self.model, args=DPOConfig(**options), **data)
+            rows = [{f"{part}_ids": ids for part, ids in pair.items()} for pair in self.pairs]
+        else:
+            from trl.experimental.cpo import CPOConfig, CPOTrainer
+            from trl.experimental.orpo import ORPOConfig, ORPOTrainer
+
+            config, kind = (ORPOConfig, ORPOTrainer) if method == "orpo" else (CPOConfig, CPOTrainer)
+            options |= dict(max_completion_length=896) if method == "orpo" else {}
+            if method == "simpo":
+                options |= dict(loss_type="simpo", cpo_alpha=0.0, beta=2.5, simpo_gamma=1.375)
+            trainer = kind(self.model, args=config(**options), **data)
+            rows = []
+            for pair in self.pairs:
+                row = {"prompt": "", "chosen": "", "rejected": "", "prompt_input_ids": pair["prompt"]}
+                row["prompt_attention_mask"] = [1] * len(pair["prompt"])
+                for side in ("chosen", "rejected"):
+                    ids = pair["prompt"] + pair[side]
+                    row[f"{side}_input_ids"], row[f"{side}_attention_mask"] = ids, [1] * len(ids)
+                    row[f"{side}_labels"] = [-100] * len(pair["prompt"]) + pair[side]
+                rows.append(row)
+        self.model.train()
+        if self.checkpointing:  # as Trainer.train() does
+            self.model.gradient_checkpointing_enable({"use_reentrant": False})
+        else:
+            self.model.gradient_checkpointing_disable()
+        if method == "precomputed":
+            for start in range(0, len(rows), self.size):
+                part = rows[start : start + self.size]
+                batch = trainer._prepare_inputs(trainer.data_collator(part))
+                chosen, rejected = trainer.compute_ref_log_probs(trainer.ref_model, batch)
+                for row, y_w, y_l in zip(part, chosen.tolist(), rejected.tolist(), strict=True):
+                    row |= {"ref_chosen_logps": y_w, "ref_rejected_logps": y_l}
+            trainer.precompute_ref_logps, trainer.ref_model = True, None
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-6, weight_decay=0.0, fused=True)
+
+        def losses():
+            for start in range(0, len(rows), self.size):
+                part = rows[start : start + self.size]
+                batch = trainer._prepare_inputs(trainer.data_collator(part))
+                with trainer.compute_loss_context_manager():
+                    loss = trainer.compute_loss(trainer.model, batch)
+                yield loss * len(part) / len(rows)
+
+        self.losses = losses
+
+    def begin_trl_xpo(self, method: str, folder: str) -> None:
+        """The training part of a step of TRL 1.13: its log-probabilities and loss."""
+        from accelerate import Accelerator
+        from trl.experimental.xpo import XPOTrainer
+
+        self.model, reference = (
+            AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(DEVICE) for _ in range(2)
         )
-        config, kind = (ORPOConfig, ORPOTrainer) if method == "orpo" else (CPOConfig, CPOTrainer)
-        trainer = kind(
-            model,
-            args=config(**options, max_completion_length=512) if method == "orpo" else config(**options),
-            train_dataset=datasets.Dataset.from_list(text),
-            processing_class=tokenizer,
+        reference.eval().requires_grad_(False)
+        self.model.train()
+        if self.checkpointing:
+            self.model.gradient_checkpointing_enable({"use_reentrant": False})
+        bf16 = "bf16" if DEVICE.type == "cuda" else "no"
+        accelerator = Accelerator(mixed_precision=bf16, cpu=DEVICE.type == "cpu")
+        options = dict(max_new_tokens=NEW_TOKENS, do_sample=True, temperature=1.0, top_k=0, top_p=1.0)
+        options |= dict(eos_token_id=self.model.generation_config.eos_token_id, pad_token_id=0)
+        options |= dict(use_cache=not self.checkpointing)
+        trainer = SimpleNamespace(
+            ref_model=reference,
+            args=SimpleNamespace(loss_type="sigmoid"),
+            beta=0.1,
+            alpha=1e-5,
+            accelerator=accelerator,
+            generation_kwargs=options,
+            generation_config=GenerationConfig(**options),
         )
-        rows = []
-        for pair in pairs:
-            row = {"prompt": "", "chosen": "", "rejected": ""}
-            row |= {"prompt_input_ids": pair["prompt"], "prompt_attention_mask": [1] * len(pair["prompt"])}
-            for side in ("chosen", "rejected"):
-                ids = pair["prompt"] + pair[side]
-                row[f"{side}_input_ids"], row[f"{side}_attention_mask"] = ids, [1] * len(ids)
-                row[f"{side}_labels"] = [-100] * len(pair["prompt"]) + pair[side]
-            rows.append(row)
-    trainer.model.train()
-    optimizer = torch.optim.AdamW(trainer.model.parameters(), lr=1e-6, weight_decay=0.0, fused=True)
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-6, weight_decay=0.0, fused=True)
 
-    def step() -> tuple[float, float]:
-        batch_now = trainer.data_collator(rows)  # host work counts, as ours does
-        loss = trainer.compute_loss(trainer.model, batch_now)
-        loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(trainer.model.parameters(), 1e9).item()
-        optimizer.step()
-        optimizer.zero_grad()
-        return loss.item(), norm
+        def padded(pairs: list[dict], *parts: str, prompt_length: int = 0) -> dict[str, torch.Tensor]:
+            """Prompts padded on the left, completions on the right."""
+            rows = [[pair["prompt"], *(pair[part] for part in parts)] for pair in pairs]
+            longest, ids, mask = max(len(y) for row in rows for y in row[1:] or [[]]), [], []
+            for prompt, *rest in rows:
+                left = [0] * (prompt_length - len(prompt))
+                completion = rest[0] if rest else []
+                right = [0] * (longest - len(completion))
+                ids.append(left + prompt + completion + right)
+                mask.append([0] * len(left) + [1] * len(prompt + completion) + [0] * len(right))
+            ids, mask = torch.tensor(ids, device=DEVICE), torch.tensor(mask, device=DEVICE)
+            return {"input_ids": ids, "attention_mask": mask}
 
-    return step
+        def losses():
+            for start in range(0, len(self.pairs), self.size):
+                part = self.pairs[start : start + self.size]
+                length = max(len(pair["prompt"]) for pair in part)
+                data = [padded(part, side, prompt_length=length) for side in ("chosen", "rejected")]
+                with accelerator.autocast():
+                    logps = XPOTrainer._compute_logprobs(trainer, self.model, *data, length)
+                policy_wins = torch.tensor([self.wins[id(pair)] for pair in part], device=DEVICE)
+                loss, _, _ = XPOTrainer._compute_losses(trainer, *logps, policy_wins)
+                yield loss * len(part) / len(self.pairs)
 
+        def generate():
+            length = max(len(pair["prompt"]) for pair in self.pairs)
+            prompts = padded(self.pairs, prompt_length=length)
+            with torch.no_grad(), accelerator.autocast():
+                XPOTrainer._generate_completions(trainer, prompts, self.model)
+            return 0.0, 0.0
 
-def trl_xpo(folder: str, pairs: list[dict]):
-    """The training part of a step of TRL 1.13, the last release with XPO: its log-probabilities and loss."""
-    from trl.experimental.xpo import XPOTrainer
-
-    model, reference = (AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32) for _ in range(2))
-    reference.eval().requires_grad_(False)
-    args = SimpleNamespace(loss_type="sigmoid")
-    trainer = SimpleNamespace(ref_model=reference, args=args, beta=0.1, alpha=1e-5)
-    wins = torch.arange(len(pairs)) % 2 == 0
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, weight_decay=0.0, fused=True)
-    prompt_length = max(len(pair["prompt"]) for pair in pairs)
-
-    def padded(side: str) -> dict[str, torch.Tensor]:
-        longest, ids, mask = max(len(pair[side]) for pair in pairs), [], []
-        for pair in pairs:
-            left, right = prompt_length - len(pair["prompt"]), longest - len(pair[side])
-            ids.append([0] * left + pair["prompt"] + pair[side] + [0] * right)
-            mask.append([0] * left + [1] * len(pair["prompt"] + pair[side]) + [0] * right)
-        return {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask)}
-
-    def step() -> tuple[float, float]:
-        data = padded("chosen"), padded("rejected")
-        logps = XPOTrainer._compute_logprobs(trainer, model, *data, prompt_length)
-        loss, _, _ = XPOTrainer._compute_losses(trainer, *logps, wins)
-        loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1e9).item()
-        optimizer.step()
-        optimizer.zero_grad()
-        return loss.item(), norm
-
-    return step
+        self.losses = losses
+        if method == "generation":
+            self.step = generate
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("method", choices=["dpo", "cpo", "simpo", "orpo", "xpo"])
-    parser.add_argument("--steps", type=int, default=10)
-    parser.add_argument("--pairs", type=int, default=4)
-    parser.add_argument("--memory", choices=["ours", "trl"])
+    parser.add_argument("method", choices=METHODS)
+    parser.add_argument("--lengths", choices=LENGTHS, default="chat")
+    parser.add_argument("--model", choices=SIZES, default="small")
+    parser.add_argument("--vocabulary", type=int, help="[that of the model]")
+    parser.add_argument("--pairs", type=int, default=8, help="of a step")
+    parser.add_argument("--size", type=int, default=4, help="pairs of a micro-batch")
+    parser.add_argument("--steps", type=int, default=10, help="timed ones; two more come before")
+    parser.add_argument("--names", nargs="*", default=["ours", "trl", "fast", "best"])
+    parser.add_argument("--memory", choices=["ours", "trl", "fast", "best"])
+    parser.add_argument("--json", action="store_true", help="print results as one line of JSON")
     args = parser.parse_args()
     transformers.utils.logging.set_verbosity_error()
-    pairs = make_pairs(args.pairs)
+    config = SIZES[args.model] | ({"vocab_size": args.vocabulary} if args.vocabulary else {})
+    pairs = make_pairs(args.pairs, args.lengths, config["vocab_size"])
     tokens = sum(len(part) for pair in pairs for part in pair.values())
+    if args.method == "generation":
+        tokens = 2 * NEW_TOKENS * len(pairs)
     with tempfile.TemporaryDirectory() as folder:
         torch.manual_seed(0)
-        AutoModelForCausalLM.from_config(MODEL).save_pretrained(folder)
+        model = AutoModelForCausalLM.from_config(Qwen2Config(**config, tie_word_embeddings=True))
+        # No token ends a completion: in generation, all have NEW_TOKENS.
+        model.generation_config = GenerationConfig(eos_token_id=config["vocab_size"], pad_token_id=0)
+        model.save_pretrained(folder)
+        del model
         if args.memory:
-            step = {"ours": ours, "trl": trl}[args.memory](args.method, folder, pairs)
-            before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-            for _ in range(3):
-                step()
-            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-            above, start = (peak - before) / 2**20, before / 2**20
-            print(f"{args.method} {args.memory}: {above:.2f} GiB above {start:.2f} GiB")
+            contestant = Contestant(args.memory, args.method, folder, pairs, args.size)
+            gib = peak_memory(contestant)
+            print(json.dumps({"gib": gib}) if args.json else f"{args.memory}: {gib:.2f} GiB")
             return
-        steps = {"ours": ours(args.method, folder, pairs), "trl": trl(args.method, folder, pairs)}
-        times = {name: [] for name in steps}
+        contestants = {name: Contestant(name, args.method, folder, pairs, args.size) for name in args.names}
+        times = {name: [] for name in contestants}
+        first = {}
         for i in range(args.steps + 2):
-            for name, step in steps.items():
+            for name, contestant in contestants.items():
                 start = time.perf_counter()
-                loss, norm = step()
-                times[name].append(time.perf_counter() - start)
+                result = contestant.step()
+                seconds = time.perf_counter() - start
                 if i == 0:
-                    print(f"{name}: loss {loss:.6f}, gradient norm {norm:.5f}")
-        ratios = sorted(b / a for a, b in list(zip(times["ours"], times["trl"], strict=True))[2:])
-        quartiles = statistics.quantiles(ratios, n=4)
-        seconds = statistics.median(times["ours"][2:])
+                    first[name] = result
+                if i >= 2:
+                    times[name].append(seconds)
+    results = {}
+    for name, seconds in times.items():
+        ratios = [b / a for a, b in zip(times[args.names[0]], seconds, strict=True)]
+        results[name] = {
+            "loss": first[name][0],
+            "grad_norm": first[name][1],
+            "pairs_per_second": args.pairs / statistics.median(seconds),
+            "tokens_per_second": tokens / statistics.median(seconds),
+            "times_as_long": statistics.median(ratios),
+            "quartiles": statistics.quantiles(ratios, n=4)[::2],
+        }
+    if args.json:
+        print(json.dumps(results))
+        return
+    for name, result in results.items():
         print(
-            f"{args.method}: {statistics.median(ratios):.2f} times as fast (quartiles {quartiles[0]:.2f}, "
-            f"{quartiles[2]:.2f}); ours {args.pairs / seconds:.2f} pairs/s, {tokens / seconds:.0f} tokens/s"
+            f"{args.method} {name:5} loss {result['loss']:.6f}  gradient norm {result['grad_norm']:.5f}  "
+            f"{result['pairs_per_second']:.2f} pairs/s  {result['tokens_per_second']:.0f} tokens/s  "
+            f"takes {result['times_as_long']:.2f} times as long "
+            f"(quartiles {result['quartiles'][0]:.2f}, {result['quartiles'][1]:.2f})"
         )
+
+
+def peak_memory(contestant: Contestant) -> float:
+    """GiB that three steps need more than there was before the first."""
+    if DEVICE.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        for _ in range(3):
+            contestant.step()
+        return (torch.cuda.max_memory_allocated() - before) / 2**30
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for _ in range(3):
+        contestant.step()
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**20
 
 
 if __name__ == "__main__":
