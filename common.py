@@ -362,12 +362,12 @@ def tokenize_pairs(
     if first_here:
         dist.barrier()
 
-    problems = np.array(rows["problem"])
-    for problem, count in zip(*np.unique(problems[problems != ""], return_counts=True), strict=True):
-        say(f"{count} of {len(raw)} {name} rows dropped: {problem}")
-    if moved := sum(rows["moved"]):
+    problems = rows.data.column("problem")
+    for problem in problems.filter(pc.not_equal(problems, "")).value_counts().to_pylist():
+        say(f"{problem['counts']} of {len(raw)} {name} rows dropped: {problem['values']}")
+    if moved := pc.sum(rows.data.column("moved")).as_py():
         say(f"in {moved} {name} rows a token spans prompt and completion: it counts as completion")
-    kept = np.flatnonzero(problems == "")
+    kept = np.flatnonzero(pc.equal(problems, ""))
     if not len(kept):
         fail(f"no {name} rows are left")
     parts = ("prompt", "chosen", "rejected")

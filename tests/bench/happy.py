@@ -1,14 +1,14 @@
 """A judge that prefers the story with more happy words, for xpo.py on a real model; and what became of it.
 
 python xpo.py --judge tests/bench/happy.py:happier --output_dir happy ...    see the README
-python tests/bench/happy.py happy                                            the table of that run
+python tests/bench/happy.py happy-1 happy-2 happy-3         the table, mean and standard deviation of runs
 """
 
 import json
 import re
 import sys
 from pathlib import Path
-from statistics import mean
+from statistics import mean, stdev
 
 HAPPY = {"happy", "love", "smile", "friend", "fun", "laugh", "hug"}
 
@@ -22,17 +22,32 @@ def happier(prompts: list, pairs: list[tuple[str, str]]) -> list[int]:
     return [-1 if a == b else int(b > a) for a, b in counts]
 
 
-def main(folder: str) -> None:
+def evaluations(folder: str) -> dict[int, tuple[float, ...]]:
+    """By step: happy words of policy and reference, the share of distinct words, KL to the reference."""
     lines = [json.loads(line) for line in Path(folder, "completions.jsonl").read_text().splitlines()]
     steps = [json.loads(line) for line in Path(folder, "metrics.jsonl").read_text().splitlines()]
-    kl = {line["step"]: line["objective/policy_kl"] for line in steps if "objective/policy_kl" in line}
-    print("| steps | happy words: policy | reference | distinct words | KL |\n|---|---|---|---|---|")
+    name = "objective/policy_kl"
+    kl = {line["step"]: line[name] for line in steps if name in line}  # of the step before
+    found = {}
     for step in sorted({line["step"] for line in lines}):
         texts = [line["texts"] for line in lines if line["step"] == step]
         policy, reference = ([happy_words(pair[i]) for pair in texts] for i in (0, 1))
         words = [word for pair in texts for word in re.findall("[a-z]+", pair[0].lower())]
-        share = f"{len({*words}) / len(words):.2f}"
-        print(f"| {step} | {mean(policy):.2f} | {mean(reference):.2f} | {share} | {kl.get(step, 0):.1f} |")
+        found[step] = mean(policy), mean(reference), len({*words}) / len(words), kl.get(step, 0.0)
+    return found
+
+
+def main(*folders: str) -> None:
+    runs = [evaluations(folder) for folder in folders]
+    print(
+        "| steps | happy words: policy | reference | distinct words, share | KL, nats |\n|---|---|---|---|---|"
+    )
+    for step in runs[0]:
+        columns = zip(*(run[step] for run in runs), strict=True)
+        cells = [
+            f"{mean(values):.2f}" + (f" ± {stdev(values):.2f}" if runs[1:] else "") for values in columns
+        ]
+        print(f"| {step} | " + " | ".join(cells) + " |")
 
 
 if __name__ == "__main__":

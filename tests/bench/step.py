@@ -1,4 +1,4 @@
-"""Training steps against TRL's: python tests/bench/step.py METHOD [--lengths chat|summary|story] [--steps 10]
+"""Training steps against TRL's: python tests/bench/step.py METHOD [--lengths chat] [--steps 10]
 
 The same model (random weights), pairs, batch, precision and optimizer; steps of ours and of TRL's in turn,
 in one process. Prints loss and gradient norm of each, which have to agree, and how long a step takes. METHOD
@@ -52,12 +52,13 @@ NEW_TOKENS = 64
 
 
 def make_pairs(n: int, lengths: str, vocabulary: int, seed: int = 0) -> list[dict[str, list[int]]]:
-    """Token ids; lengths are log-normal."""
+    """Token ids; lengths are log-normal, or with a number for `lengths` that of all completions."""
     rng = np.random.default_rng(seed)
-    prompt, longest_prompt, completion, longest_completion = LENGTHS[lengths]
+    exact = (128, 128, int(lengths), int(lengths)) if lengths.isdigit() else None
+    prompt, longest_prompt, completion, longest_completion = exact or LENGTHS[lengths]
 
     def draw(mean: float, most: int) -> list[int]:
-        length = int(np.clip(rng.lognormal(np.log(mean) - 0.125, 0.5), 8, most))
+        length = most if exact else int(np.clip(rng.lognormal(np.log(mean) - 0.125, 0.5), 8, most))
         return rng.integers(10, vocabulary, length).tolist()
 
     def pair() -> dict[str, list[int]]:
@@ -154,7 +155,7 @@ class Contestant:
         """TRL's data collator (host work counts, as ours does), its loss and its precision."""
         tokenizer = AutoTokenizer.from_pretrained(common.TOY_MODEL)
         options = dict(output_dir=f"{folder}/trl", per_device_train_batch_size=self.size, report_to="none")
-        options |= dict(max_length=1024, bf16=DEVICE.type == "cuda", disable_tqdm=True)
+        options |= dict(max_length=8192, bf16=DEVICE.type == "cuda", disable_tqdm=True)
         self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
         text = datasets.Dataset.from_list([dict.fromkeys(("prompt", "chosen", "rejected"), "0")])
         data = dict(train_dataset=text, processing_class=tokenizer)
@@ -168,7 +169,7 @@ class Contestant:
             from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 
             config, kind = (ORPOConfig, ORPOTrainer) if method == "orpo" else (CPOConfig, CPOTrainer)
-            options |= dict(max_completion_length=896) if method == "orpo" else {}
+            options |= dict(max_completion_length=8192) if method == "orpo" else {}
             if method == "simpo":
                 options |= dict(loss_type="simpo", cpo_alpha=0.0, beta=2.5, simpo_gamma=1.375)
             trainer = kind(self.model, args=config(**options), **data)
@@ -275,7 +276,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("method", choices=METHODS)
-    parser.add_argument("--lengths", choices=LENGTHS, default="chat")
+    parser.add_argument("--lengths", default="chat", help=f"{', '.join(LENGTHS)}, or tokens of a completion")
     parser.add_argument("--model", choices=SIZES, default="small")
     parser.add_argument("--vocabulary", type=int, help="[that of the model]")
     parser.add_argument("--pairs", type=int, default=8, help="of a step")

@@ -1,0 +1,221 @@
+"""The README's tables of time and memory, each by one command; results go to a .json beside this file.
+
+    python tests/bench/tables.py trl [--xpo PYTHON]    against TRL 1.16; XPO: one with TRL 1.13
+    python tests/bench/tables.py growth                with completion length, vocabulary, processes
+    python tests/bench/tables.py startup               with the number of pairs in the dataset
+    python tests/bench/tables.py figures               bars of the first table, curves of the second
+
+Measurements need an idle machine. A part that is in the .json already is not measured again.
+"""
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
+TITLES = {
+    "dpo": "DPO",
+    "precomputed": "DPO, reference precomputed",
+    "cpo": "CPO",
+    "simpo": "SimPO",
+    "orpo": "ORPO",
+    "xpo": "XPO, training",
+    "generation": "XPO, generation",
+}
+NAMES = ("ours", "trl", "fast", "best")
+
+
+def step(*flags, python: str = sys.executable, processes: int = 1, threads: int | None = None) -> dict:
+    """What step.py says."""
+    launch = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}"] if processes > 1 else []
+    command = [python, *launch, str(HERE / "step.py"), *map(str, flags), "--json"]
+    threads = {"OMP_NUM_THREADS": str(threads)} if threads else {}
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | threads)
+    found = [line for line in done.stdout.splitlines() if line.startswith("{")]
+    if not found:
+        raise SystemExit(f"{' '.join(command)} failed:\n{done.stderr[-2000:]}")
+    return json.loads(found[0])
+
+
+class Results:
+    """A .json of results by key; what is there is not measured again."""
+
+    def __init__(self, name: str):
+        self.path = HERE / f"{name}.json"
+        self.content = json.loads(self.path.read_text()) if self.path.exists() else {}
+
+    def get(self, key: str, measure) -> dict:
+        if key not in self.content:
+            self.content[key] = measure() | provenance()
+            self.path.write_text(json.dumps(self.content, indent=1) + "\n")
+            print(key, self.content[key], flush=True)
+        return self.content[key]
+
+
+def provenance() -> dict:
+    import torch
+    import transformers
+
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else cpu_name()
+    versions = {"torch": torch.__version__, "transformers": transformers.__version__}
+    return versions | {"device": device, "commit": commit.stdout.strip(), "command": " ".join(sys.argv[1:])}
+
+
+def cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next(line.split(": ")[1] for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        name = platform.processor()
+    return f"{os.cpu_count()} cores {name}"
+
+
+def against_trl(args) -> None:
+    results = Results("trl")
+    methods = [method for method in TITLES if args.xpo or method not in ("xpo", "generation")]
+    for method in methods:
+        python = args.xpo if method in ("xpo", "generation") else sys.executable
+        for lengths in ("chat", "summary", "story")[: 1 if method == "generation" else 3]:
+            steps = args.steps * (2 if method == "generation" else 1)
+            flags = (method, "--lengths", lengths, "--steps", steps)
+            results.get(f"{method} {lengths}", lambda flags=flags, python=python: step(*flags, python=python))
+            if method in ("simpo", "generation"):  # in memory as CPO; nothing to see
+                continue
+            for name in NAMES:
+                flags = (method, "--lengths", lengths, "--memory", name)
+                key = f"{method} {lengths} memory {name}"
+                results.get(key, lambda flags=flags, python=python: step(*flags, python=python))
+    print(
+        "\n| method | lengths | pairs/s | tokens/s | TRL takes, times: default | no checkpointing | best "
+        "| memory, GiB | TRL's: default | no checkpointing | best |\n|" + "---|" * 11
+    )
+    for key, row in results.content.items():
+        if "memory" in key:
+            continue
+        method, lengths = key.split()
+        cells = [f"{row['ours']['pairs_per_second']:.2f}", f"{row['ours']['tokens_per_second']:.0f}"]
+        for name in NAMES[1:]:
+            low, high = row[name]["quartiles"]
+            cells.append(f"**{row[name]['times_as_long']:.2f}** ({low:.2f}–{high:.2f})")
+        memory = [results.content.get(f"{key} memory {name}", {}).get("gib") for name in NAMES]
+        if memory[0]:
+            cells += [f"{memory[0]:.2f}", *(f"{gib:.2f} ({gib / memory[0]:.1f}×)" for gib in memory[1:])]
+        else:
+            cells += [""] * 4
+        print(f"| {TITLES[method]} | {lengths} | " + " | ".join(cells) + " |")
+
+
+def growth(args) -> None:
+    results = Results("growth")
+    axes = {"completion": (128, 256, 512, 1024, 2048, 4096), "vocabulary": (1024, 8192, 32768, 131072)}
+    flags = {"completion": "--lengths", "vocabulary": "--vocabulary"}
+    for axis, values in axes.items():
+        print(f"\n| {axis} | pairs/s | TRL's | memory, GiB | TRL's |\n|---|---|---|---|---|")
+        for value in values:
+            common = ("dpo", flags[axis], value, "--pairs", 2, "--size", 2)
+            timed = (*common, "--steps", 3, "--names", "ours", "best")
+            speed = results.get(f"{axis} {value}", lambda timed=timed: step(*timed))
+            gib = [
+                results.get(f"{axis} {value} memory {name}", lambda c=common, n=name: step(*c, "--memory", n))
+                for name in ("ours", "best")
+            ]
+            speeds = [f"{speed[name]['pairs_per_second']:.2f}" for name in ("ours", "best")]
+            print(f"| {value} | " + " | ".join([*speeds, *(f"{g['gib']:.2f}" for g in gib)]) + " |")
+    print("\n| processes | threads of each | pairs/s |\n|---|---|---|")
+    for processes, threads in ((1, 1), (1, 2), (2, 1)):
+        flags = ("dpo", "--names", "ours", "--steps", args.steps)
+        row = results.get(
+            f"processes {processes} threads {threads}",
+            lambda f=flags, p=processes, t=threads: step(*f, processes=p, threads=t),
+        )
+        print(f"| {processes} | {threads} | {row['ours']['pairs_per_second']:.2f} |")
+
+
+STARTUP = """
+import resource, sys, time
+sys.path.insert(0, sys.argv[1])
+import common, dpo
+args = dpo.Arguments(model_name_or_path=common.TOY_MODEL, dataset_name=sys.argv[2], output_dir=sys.argv[3])
+rss = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+common.start(args)
+tokenizer = common.load_tokenizer(args)
+before, start = rss(), time.perf_counter()
+train, _ = common.load_pairs(args, tokenizer)
+batches = common.global_batches(train.lengths, args)
+rows = train.rows[batches[0]]
+print("result", time.perf_counter() - start, rss() - before)
+"""
+
+
+def startup(args) -> None:
+    results = Results("startup")
+    print("| pairs | seconds, first start | later starts | memory above the libraries', GiB, first | later |")
+    print("|---|---|---|---|---|")
+    for pairs in (1000, 10_000, 100_000, 1_000_000):
+
+        def measure(pairs=pairs) -> dict:
+            with tempfile.TemporaryDirectory() as folder:
+                path = Path(folder, "pairs.jsonl")
+                with path.open("w") as file:
+                    for i in range(pairs):
+                        row = {"prompt": f"{i} = ", "chosen": f"the number {i} itself", "rejected": "no idea"}
+                        file.write(json.dumps(row) + "\n")
+                found = []
+                for _ in range(2):
+                    command = [sys.executable, "-c", STARTUP, str(ROOT), str(path), f"{folder}/run"]
+                    env = os.environ | {"HF_DATASETS_CACHE": f"{folder}/cache"}
+                    done = subprocess.run(command, check=True, capture_output=True, text=True, env=env)
+                    line = next(line for line in done.stdout.splitlines() if line.startswith("result"))
+                    found += map(float, line.split()[1:])
+            return dict(zip(("first", "first_gib", "later", "later_gib"), found, strict=True))
+
+        row = results.get(str(pairs), measure)
+        print(f"| {pairs:,} | {row['first']:.1f} | {row['later']:.1f} ", end="")
+        print(f"| {row['first_gib']:.2f} | {row['later_gib']:.2f} |")
+
+
+def figures(args) -> None:
+    import matplotlib.pyplot as plt
+
+    content = Results("trl").content
+    methods = [m for m in TITLES if f"{m} chat" in content and m != "generation"]
+    fig, (left, right) = plt.subplots(1, 2, figsize=(11, 3.6))
+    for i, (name, label) in enumerate({"trl": "TRL's defaults", "best": "TRL's best settings"}.items()):
+        ratios = [content[f"{m} chat"][name]["times_as_long"] for m in methods]
+        left.bar([x + 0.4 * i for x in range(len(methods))], ratios, 0.38, label=label)
+    left.axhline(1, color="black", linewidth=1)
+    left.set_xticks([x + 0.2 for x in range(len(methods))], [TITLES[m].replace(", ", ",\n") for m in methods])
+    left.tick_params(axis="x", labelsize=8)
+    left.set_ylabel("time of a step, ours = 1")
+    left.legend(frameon=False)
+    content, lengths = Results("growth").content, (128, 256, 512, 1024, 2048, 4096)
+    for name, label in {"ours": "ours", "best": "TRL's best settings"}.items():
+        right.plot(
+            lengths, [content[f"completion {n} memory {name}"]["gib"] for n in lengths], "o-", label=label
+        )
+    right.set_xscale("log", base=2)
+    right.set_yscale("log")
+    right.set_xlabel("tokens of each completion (DPO, 2 pairs, a prompt of 128)")
+    right.set_ylabel("peak memory of a step, GiB")
+    right.legend(frameon=False)
+    fig.tight_layout()
+    fig.savefig(HERE / "figures.png", dpi=110)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    tables = {"trl": against_trl, "growth": growth, "startup": startup, "figures": figures}
+    parser.add_argument("table", choices=tables)
+    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--xpo", help="the Python of an environment with TRL 1.13")
+    args = parser.parse_args()
+    tables[args.table](args)
