@@ -4,7 +4,9 @@ What decides the gradient is not here but in the scripts: losses, how log-probab
 """
 
 import difflib
+import fcntl
 import glob
+import hashlib
 import importlib.util
 import json
 import math
@@ -37,12 +39,14 @@ import transformers
 from datasets.fingerprint import Hasher
 from jinja2 import TemplateError
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, AutoModelForCausalLM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 # The built-in example: a model and pairs like any other.
 TOY_MODEL, TOY_DATA = (str(Path(__file__).parent / "tests" / "toy" / name) for name in ("sft", "pairs"))
@@ -62,7 +66,9 @@ class Arguments:
 
     model_name_or_path: str | None = arg(None, "the policy: a Hub name or a directory [the built-in example]")
     model_revision: str = arg("main", "branch, tag or commit of the model on the Hub")
-    trust_remote_code: bool = arg(False, "run Python code that the model's repository brings")
+    trust_remote_code: bool = arg(
+        False, "run code that the model brings, and load weights not in safetensors"
+    )
     dtype: Literal["float32", "bfloat16", "float64"] = arg("float32", "of the weights that AdamW updates")
     dataset_name: str | None = arg(None, "a Hub name, a directory, or a json, jsonl, csv or parquet file")
     dataset_config: str | None = arg(None, "configuration of the dataset")
@@ -100,20 +106,25 @@ class Arguments:
     seed: int = arg(42, "of data order and sampling")
     push_to_hub: bool = arg(False, "upload the trained model")
     hub_model_id: str | None = arg(None, "to this repository [the name of output_dir]")
+    traceback: bool = arg(False, "show where an error came from, not only its message")
 
 
 def fail(message: str) -> NoReturn:
-    """End the program with one line, from rank 0 alone."""
-    raise SystemExit(f"error: {message}" if int(os.environ.get("RANK", 0)) == 0 else 1)
+    """End the program with one line, from the first process of a machine alone."""
+    if "--traceback" in sys.argv:
+        raise RuntimeError(message)
+    raise SystemExit(f"error: {message}" if int(os.environ.get("LOCAL_RANK", 0)) == 0 else 1)
 
 
 def parse(kind: type[Arguments], check: Callable[[Arguments], None], toy: dict) -> Arguments:
     """The command line's arguments, checked; with neither model nor dataset, `toy` are the defaults."""
     parser = transformers.HfArgumentParser(kind, allow_abbrev=False)
-    flags = {
-        word.split("=")[0].lstrip("-").replace("-", "_") for word in sys.argv[1:] if word.startswith("--")
-    }
-    if not flags & {"model_name_or_path", "dataset_name"}:
+    parser.error = fail
+    words = [word.split("=")[0] for word in sys.argv[1:] if word.startswith("--")]
+    flags = [word.lstrip("-").replace("-", "_") for word in words]
+    if twice := [flag for flag in flags if flags.count(flag) > 1]:
+        fail(f"--{twice[0]} is given twice")
+    if not {*flags} & {"model_name_or_path", "dataset_name"}:
         if "gradient_accumulation_steps" in flags:
             toy = toy | {"batch_size": None}
         parser.set_defaults(model_name_or_path=TOY_MODEL, dataset_name=TOY_DATA, **toy)
@@ -147,8 +158,11 @@ def start(args: Arguments) -> tuple[int, int, torch.device]:
         args.batch_size = args.per_device_train_batch_size * args.gradient_accumulation_steps * world
     args.batch_size = args.batch_size or 64
     for name in POSITIVE:
-        if not getattr(args, name) > 0:
-            fail(f"{name} must be positive, not {getattr(args, name)}")
+        if (value := getattr(args, name)) is not None and not 0 < value < math.inf:
+            fail(f"{name} must be positive, not {value}")
+    for name in NOT_NEGATIVE:
+        if not 0 <= getattr(args, name) < (1 if "beta" in name else math.inf):
+            fail(f"{name} must not be negative{', and below 1' * ('beta' in name)}: {getattr(args, name)}")
     if args.batch_size % world:
         near = max(1, round(args.batch_size / world)) * world
         fail(f"batch_size {args.batch_size} cannot be split over {world} processes; {near} can")
@@ -175,7 +189,9 @@ def start(args: Arguments) -> tuple[int, int, torch.device]:
 
 
 POSITIVE = """batch_size per_device_train_batch_size per_device_eval_batch_size num_train_epochs learning_rate
-    max_grad_norm max_length max_new_tokens logging_steps save_steps save_total_limit""".split()
+    max_grad_norm max_length max_new_tokens logging_steps eval_steps save_steps save_total_limit
+    dataset_num_proc""".split()
+NOT_NEGATIVE = "warmup_steps weight_decay adam_beta1 adam_beta2 adam_epsilon eval_prompts seed".split()
 
 
 def leave(message: str) -> NoReturn:
@@ -205,6 +221,8 @@ def from_pretrained(kind, path: str, args: Arguments, **options):
     """kind.from_pretrained, which fails in one line."""
     revision = args.model_revision if path == args.model_name_or_path else "main"
     options |= {"revision": revision, "trust_remote_code": args.trust_remote_code}
+    if "dtype" in options and not args.trust_remote_code:  # a model: the other format is a pickle
+        options["use_safetensors"] = True
     try:
         return kind.from_pretrained(path, **options)
     except (OSError, ValueError) as error:
@@ -216,9 +234,19 @@ def first_line(error: Exception) -> str:
 
 
 def load_tokenizer(args: Arguments):
-    tokenizer = from_pretrained(transformers.AutoTokenizer, args.model_name_or_path, args)
+    """The tokenizer of the policy, if that is a model these scripts can train."""
+    path = args.model_name_or_path
+    tokenizer, config = (
+        from_pretrained(kind, path, args) for kind in (transformers.AutoTokenizer, AutoConfig)
+    )
+    known = config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or args.trust_remote_code
+    if config.is_encoder_decoder or not known:
+        fail(f"{path} is of type {config.model_type}, not a language model with a decoder alone")
     if tokenizer.eos_token_id is None:
-        fail(f"the tokenizer of {args.model_name_or_path} has no EOS token to end completions with")
+        fail(f"the tokenizer of {path} has no EOS token to end completions with: set its eos_token")
+    if len(tokenizer) > config.get_text_config().vocab_size:
+        sizes = f"{len(tokenizer)} tokens, but the model embeds {config.get_text_config().vocab_size}"
+        fail(f"the tokenizer of {path} has {sizes}: resize_token_embeddings, or take out what was added")
     return tokenizer
 
 
@@ -307,7 +335,10 @@ def load_pairs(args: Arguments, tokenizer, **options) -> tuple[Pairs, Pairs | No
             splits = datasets.load_dataset(args.dataset_name, args.dataset_config)
     except Exception as error:  # of many types: missing, malformed, no network
         cause = error.__cause__ or error
-        fail(f"cannot load the dataset {args.dataset_name}: {type(cause).__name__} {first_line(cause)}")
+        where = f", line {malformed_line(path)}" if path.suffix == ".jsonl" and malformed_line(path) else ""
+        fail(
+            f"cannot load the dataset {args.dataset_name}{where}: {type(cause).__name__} {first_line(cause)}"
+        )
     if args.dataset_train_split not in splits:
         fail(f"{args.dataset_name} has no split '{args.dataset_train_split}'; it has {', '.join(splits)}")
     train = tokenize_pairs(splits[args.dataset_train_split], "training", args, tokenizer, **options)
@@ -317,6 +348,15 @@ def load_pairs(args: Arguments, tokenizer, **options) -> tuple[Pairs, Pairs | No
         say(f"no evaluation: there is no split '{args.dataset_test_split}', only {', '.join(splits)}")
         return train, None
     return train, tokenize_pairs(splits[args.dataset_test_split], "test", args, tokenizer, **options)
+
+
+def malformed_line(path: Path) -> int | None:
+    """The number of the first line that is not JSON."""
+    for number, line in enumerate(path.read_text(errors="replace").splitlines(), 1):
+        try:
+            json.loads(line)
+        except ValueError:
+            return number
 
 
 def tokenize_pairs(
@@ -348,8 +388,9 @@ def tokenize_pairs(
     columns, processes = [column for column in found if column != "answer"], args.dataset_num_proc
     # Not the default fingerprint, to which a function is the same as long as its name is. (XPO's prompts
     # have to leave room for max_new_tokens.)
-    main = getattr(sys.modules["__main__"], "__file__", __file__)  # a notebook has none, and a pipe no file
-    code = [Path(file).read_text() for file in (__file__, main) if Path(file).is_file()]
+    module = sys.modules[getattr(tokenize, "func", tokenize).__module__]  # of a partial, its function's
+    files = [Path(getattr(m, "__file__", __file__)) for m in (sys.modules[__name__], module)]
+    code = [file.read_text() for file in files if file.is_file()]  # a notebook has none, a pipe no real one
     fingerprint = Hasher.hash([raw._fingerprint, code, tokenizer, args.max_length, args.max_new_tokens])
     rows = raw.map(
         tokenize,
@@ -458,7 +499,7 @@ def encode(tokenizer, prompt: str | list[dict], completion: str | list[dict] | N
         messages = [{k: v for k, v in m.items() if v is not None} for m in prompt + (completion or [])]
         goes_on = completion is None and messages[-1]["role"] == "assistant"
         end = {"continue_final_message": goes_on, "add_generation_prompt": completion is None and not goes_on}
-        return tokenizer.apply_chat_template(messages, return_dict=False, **end)
+        return encode_messages(tokenizer, messages, **end)
     text, bos, eos = prompt + (completion or ""), tokenizer.bos_token_id, tokenizer.eos_token_id
     ids = tokenizer(text)["input_ids"]
     if ids[:2] == [bos, bos]:  # the tokenizer's and the text's own
@@ -467,6 +508,34 @@ def encode(tokenizer, prompt: str | list[dict], completion: str | list[dict] | N
         ids = ids[:-1]
     ends = completion is not None or (text.endswith(tokenizer.eos_token or "\0") and ids != [bos])
     return [*ids, eos] if ends and eos is not None else ids
+
+
+MARK = "\ue000"  # a character for private use: nobody's text has it
+
+
+def encode_messages(tokenizer, messages: list[dict], **options) -> list[int]:
+    """Token ids of a conversation. Text in it that spells a special token stays text: no <|im_end|> in a
+    user's message ends that message.
+    """
+    special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    special = re.compile("|".join(map(re.escape, special)) or "(?!)")
+
+    def mark(value):
+        if isinstance(value, str):
+            return special.sub(lambda match: match[0][0] + MARK + match[0][1:], value)
+        if isinstance(value, dict):
+            return {key: mark(part) for key, part in value.items()}
+        return [mark(part) for part in value] if isinstance(value, list) else value
+
+    if mark(messages) == messages:
+        return tokenizer.apply_chat_template(messages, return_dict=False, **options)
+    rendered = tokenizer.apply_chat_template(mark(messages), tokenize=False, **options)
+    marked = "|".join(re.escape(text[0] + MARK + text[1:]) for text in special.findall(str(messages)))
+    ids = []
+    for i, piece in enumerate(re.split(f"({marked})", rendered)):  # every other one is marked
+        options = {"add_special_tokens": False, "split_special_tokens": i % 2 == 1}
+        ids += tokenizer(piece.replace(MARK, "") if i % 2 else piece, **options)["input_ids"]
+    return ids
 
 
 def by_length(pairs: Pairs) -> np.ndarray:
@@ -904,7 +973,10 @@ class Log:
     def write(self, step: int, metrics: dict[str, float]) -> None:
         if self.main:
             strict = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
-            self.metrics.write(json.dumps({"step": step, **strict}, allow_nan=False) + "\n")
+            try:
+                self.metrics.write(json.dumps({"step": step, **strict}, allow_nan=False) + "\n")
+            except OSError as error:
+                fail(f"cannot write metrics of step {step}: {error}; the checkpoints are intact")
 
     def report(self, step: int, metrics: dict[str, float]) -> None:
         say(f"step {step}/{self.steps} " + " ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
@@ -920,8 +992,17 @@ def reopen(path: Path, last: int) -> tuple[TextIO, list[dict]]:
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
     lines = [json.loads(line) for line in lines if line.endswith("\n")]  # a torn one is the last
     lines = [line for line in lines if line["step"] <= last]
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    replace_text(path, "".join(json.dumps(line) + "\n" for line in lines))
     return path.open("a", buffering=1), lines
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a file in one go: whatever happens, it has its old content or the new."""
+    with path.with_suffix(".tmp").open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    path.with_suffix(".tmp").replace(path)
 
 
 def peak_memory(device: torch.device) -> float:
@@ -950,19 +1031,14 @@ def tracker(args: Arguments) -> Callable[[dict[str, float] | None, int], None]:
 # ------------------------------------------------------------------------------------------------ checkpoints
 
 MAY_CHANGE = """output_dir overwrite_output_dir dataset_num_proc logging_steps report_to run_name save_steps
-    save_total_limit push_to_hub hub_model_id""".split()  # when a run goes on
+    save_total_limit push_to_hub hub_model_id traceback""".split()  # when a run goes on
 
 
 def write_run(args: Arguments, finished: bool) -> None:
-    """run.json: what runs in output_dir, and whether it is done. Replaced in one go."""
-    path, versions = (
-        Path(args.output_dir, "run.json"),
-        {m.__name__: m.__version__ for m in (torch, transformers)},
-    )
+    """run.json: what runs in output_dir, and whether it is done."""
+    versions = {module.__name__: module.__version__ for module in (torch, transformers)}
     content = {"script": Path(sys.argv[0]).name, "arguments": asdict(args), "finished": finished} | versions
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.with_suffix(".tmp").write_text(json.dumps(content, indent=2))
-    path.with_suffix(".tmp").replace(path)
+    replace_text(Path(args.output_dir, "run.json"), json.dumps(content, indent=2))
 
 
 WRITTEN = """run.json metrics.jsonl completions.jsonl reference_logps_* checkpoints tensorboard
@@ -972,6 +1048,9 @@ WRITTEN = """run.json metrics.jsonl completions.jsonl reference_logps_* checkpoi
 def check_output_dir(args: Arguments) -> None:
     """An output_dir holds one run: the same command goes on with it, another is refused."""
     path = Path(args.output_dir, "run.json")
+    there = next(folder for folder in (path.parent, *path.absolute().parents) if folder.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        fail(f"cannot write to --output_dir {args.output_dir}")
     if args.overwrite_output_dir or not path.exists():
         return
     run, script = json.loads(path.read_text()), Path(sys.argv[0]).name
@@ -985,9 +1064,29 @@ def check_output_dir(args: Arguments) -> None:
         raise SystemExit(0)
 
 
+def lock(output_dir: str) -> None:
+    """Refuse to run where another run is running. The lock ends with the process, however it ends."""
+    Path(output_dir).mkdir(parents=True, exist_ok=True)
+    try:
+        fcntl.flock(os.open(output_dir, os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        fail(f"another run is running in {output_dir}")
+
+
 def complete_checkpoints(args: Arguments) -> list[Path]:
-    """Directories of checkpoints, oldest first; .metadata is written last, so that a torn one has none."""
-    return sorted(path.parent for path in Path(args.output_dir, "checkpoints").glob("*/.metadata"))
+    """Directories of checkpoints, oldest first; digests.json is written last, so that a torn one has none."""
+    return sorted(path.parent for path in Path(args.output_dir, "checkpoints").glob("*/digests.json"))
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """The SHA-256 of all files of a checkpoint, by name; every process computes a part of them."""
+    mine, parts = {}, [None] * dist.get_world_size()
+    files = sorted(path for path in folder.iterdir() if path.name != "digests.json")
+    for path in files[dist.get_rank() :: len(parts)]:
+        with path.open("rb") as file:
+            mine[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+    dist.all_gather_object(parts, mine)
+    return {name: digest for part in parts for name, digest in part.items()}
 
 
 def training_state(policy, optimizer, step: int, extra: dict) -> dict:
@@ -997,34 +1096,48 @@ def training_state(policy, optimizer, step: int, extra: dict) -> dict:
 
 def save_checkpoint(args: Arguments, policy, optimizer, step: int, extra: dict[str, Tensor]) -> None:
     """The state after `step` steps. `extra` is a method's own: tensors, or dicts of them."""
-    state = training_state(policy, optimizer, step, extra)
-    dcp.save(state, checkpoint_id=Path(args.output_dir, "checkpoints", f"{step:08d}"))
-    if dist.get_rank() == 0:
-        for old in complete_checkpoints(args)[: -args.save_total_limit]:
-            (old / ".metadata").unlink()  # first, so that a half-deleted one does not look complete
-            shutil.rmtree(old)
+    folder = Path(args.output_dir, "checkpoints", f"{step:08d}")
+    try:
+        dcp.save(training_state(policy, optimizer, step, extra), checkpoint_id=folder)
+        found = digests(folder)
+        if dist.get_rank() == 0:
+            replace_text(folder / "digests.json", json.dumps(found))
+            for old in complete_checkpoints(args)[: -args.save_total_limit]:
+                (old / "digests.json").unlink()  # first, so that a half-deleted one does not look complete
+                shutil.rmtree(old)
+    except (OSError, CheckpointException) as error:
+        causes = error.failures.values() if isinstance(error, CheckpointException) else [(error,)]
+        reason = first_line(next(iter(causes))[0])
+        fail(f"cannot save a checkpoint after step {step}: {reason}; earlier ones are intact")
 
 
 def resume(args: Arguments, policy, optimizer, extra: dict[str, Tensor]) -> int:
     """Load the newest checkpoint in place; the number of steps that it has behind it, 0 if there is none."""
-    newest = [None]
+    found = [[]]
     if dist.get_rank() == 0:
+        lock(args.output_dir)
         if args.overwrite_output_dir and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
             for path in [p for name in WRITTEN for p in Path(args.output_dir).glob(name)]:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
-        newest = (complete_checkpoints(args) or [None])[-1:]
+        found = [complete_checkpoints(args)]
         for path in Path(args.output_dir, "checkpoints").glob("*"):
-            if path.is_dir() and not (path / ".metadata").exists():
+            if path.is_dir() and path not in found[0]:
                 shutil.rmtree(path)  # torn: the run was killed while it saved
         write_run(args, finished=False)
-    dist.broadcast_object_list(newest)  # one decision for all
-    if newest[0] is None:
+    dist.broadcast_object_list(found)  # one decision for all
+    for folder in reversed(found[0]):
+        saved, now = json.loads((folder / "digests.json").read_text()), digests(folder)
+        damaged = [name for name in saved if saved[name] != now.get(name)]
+        if not damaged:
+            break
+        say(f"the checkpoint {folder} is damaged, in {', '.join(damaged)}: not used")
+    else:
         return 0
     state = training_state(policy, optimizer, 0, extra)
-    dcp.load(state, checkpoint_id=newest[0])
+    dcp.load(state, checkpoint_id=folder)
     model, optim = state["model"], state["optimizer"]
     dsd.set_state_dict(policy, optimizer, model_state_dict=model, optim_state_dict=optim)
-    say(f"going on after step {state['step']}, from {newest[0]}")
+    say(f"going on after step {state['step']}, from {folder}")
     if state["processes"] != dist.get_world_size():
         say(f"it had {state['processes']} processes, not {dist.get_world_size()}: rounding will differ")
     return state["step"]

@@ -163,9 +163,11 @@ def load_judge(path: str) -> Callable:
     return getattr(module, name)
 
 
-def load_scorer(args: Arguments, device: torch.device) -> Callable[[list, list[str]], Tensor]:
-    """A function of prompts (texts or lists of messages) and completions (texts): their scores (B,)."""
+def load_scorer(args: Arguments, device: torch.device, prompt) -> Callable[[list, list[str]], Tensor]:
+    """A function of prompts (texts or messages, as `prompt`) and completions (texts): the scores (B,)."""
     tokenizer = common.from_pretrained(AutoTokenizer, args.reward_model_path, args)
+    if isinstance(prompt, list) and not tokenizer.chat_template:
+        common.fail("the prompts are conversations, but the reward model's tokenizer has no chat template")
     dtype = torch.bfloat16 if args.bf16 else torch.float32
     kind = AutoModelForSequenceClassification
     model = common.from_pretrained(kind, args.reward_model_path, args, dtype=dtype)
@@ -231,12 +233,14 @@ def sample(policy, reference, decide: Callable, tokenizer, rows: dict, args: Arg
         swapped = (torch.rand(len(prompts)) < 0.5).tolist()
         pairs = [(b, a) if swap else (a, b) for a, b, swap in zip(*texts, swapped, strict=True)]
         better = decide(prompts, pairs)
+        if len(better) != len(pairs) or not {*better} <= {0, 1, -1}:
+            common.fail(f"the judge must return 0, 1 or -1 for each of {len(pairs)} pairs, not {better}")
         sides = [(1, -1, 0)[b] * (-1 if swap else 1) for b, swap in zip(better, swapped, strict=True)]
         preferences = torch.tensor(sides)
     else:
         scores = torch.stack([decide(prompts, part).cpu() for part in texts], dim=1)
         if not scores.isfinite().all():
-            raise ValueError("the reward model gave a score that is not finite")
+            common.fail("the reward model gave a score that is not finite")
         if args.missing_eos_penalty is not None:
             scores = scores - args.missing_eos_penalty * ~ended
         preferences = (scores[:, 0] - scores[:, 1]).sign()
@@ -346,7 +350,8 @@ def main(args: Arguments) -> None:
     policy = common.load_model(args.model_name_or_path, args, device, trainable=True)
     compact = not args.sync_ref_model
     reference = common.load_model(args.model_name_or_path, args, device, trainable=False, compact=compact)
-    decide = load_judge(args.judge) if args.judge else load_scorer(args, device)
+    prompt = json.loads(train.rows[0]["raw"])
+    decide = load_judge(args.judge) if args.judge else load_scorer(args, device, prompt)
     optimizer = common.adamw(policy, args)
     extra = {"reference": reference.state_dict()} if args.sync_ref_model else {}
     first_step = common.resume(args, policy, optimizer, extra)

@@ -172,7 +172,7 @@ def test_rewards_are_read_at_the_last_real_token(tmp_path, monkeypatch):
     tokenizer.pad_token = tokenizer.eos_token
     tokenizer.save_pretrained(tmp_path)
     args = arguments(judge=None, reward_model_path=str(tmp_path), bf16=False, per_device_eval_batch_size=3)
-    scores = load_scorer(args, torch.device("cpu"))
+    scores = load_scorer(args, torch.device("cpu"), [])
     prompts = [[{"role": "user", "content": text}] for text in ("1", "22222", "333")]
     answers = ["one", "a longer one", ""]
     want = []

@@ -39,14 +39,11 @@ def evaluations(folder: str) -> dict[int, tuple[float, ...]]:
 
 def main(*folders: str) -> None:
     runs = [evaluations(folder) for folder in folders]
-    print(
-        "| steps | happy words: policy | reference | distinct words, share | KL, nats |\n|---|---|---|---|---|"
-    )
+    print("| steps | happy words: policy | reference | share of distinct words | KL, nats |")
+    print("|---|---|---|---|---|")
     for step in runs[0]:
         columns = zip(*(run[step] for run in runs), strict=True)
-        cells = [
-            f"{mean(values):.2f}" + (f" ± {stdev(values):.2f}" if runs[1:] else "") for values in columns
-        ]
+        cells = [f"{mean(v):.2f}{f' ± {stdev(v):.2f}' if runs[1:] else ''}" for v in columns]
         print(f"| {step} | " + " | ".join(cells) + " |")
 
 

@@ -1,0 +1,92 @@
+"""Runs a script with a fault in it: FAULT=JSON python tests/faulty.py dpo.py flags...
+
+FAULT has `where`, one of PLACES, and either `signal`, sent to this process, or with `who` "all" to the run's, at
+the `event`-th function call inside the `call`-th call of it; or `value`, which the loss of loss_and_metrics
+is multiplied by in the `calls` given. `rank` says in which process, `restart` in which start by torchrun.
+Without FAULT, the number of function calls inside each is counted, and written to the file COUNTS.
+"""
+
+import importlib
+import json
+import os
+import shutil
+import signal
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import common  # noqa: E402
+
+PLACES = {
+    "load_pairs": common,
+    "clip_grad_norm": common,  # once a step
+    "load_model": common,
+    "resume": common,
+    "save_checkpoint": common,
+    "rmtree": shutil,  # of pruning
+    "save_model": common,
+    "complete": common,
+    "generate": common,
+    "precompute": None,  # None: the script
+    "evaluate": None,
+    "sample": None,
+    "loss_and_metrics": None,
+}
+
+
+def processes_of_run() -> list[int]:
+    """Those that torchrun started, and itself; or this one alone."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return [os.getpid()]
+    stats = [path.read_text().rsplit(")", 1) for path in Path("/proc").glob("[0-9]*/stat")]
+    siblings = [int(name.split()[0]) for name, rest in stats if int(rest.split()[1]) == os.getppid()]
+    return [os.getppid(), *(pid for pid in siblings if pid != os.getpid()), os.getpid()]
+
+
+def instrument(module, name: str, fault: dict, counts: dict[str, list[int]]) -> None:
+    function = getattr(module, name)
+    counts[name] = []
+
+    def instrumented(*args, **kwargs):
+        if sys.getprofile():  # inside another call that is being counted
+            return function(*args, **kwargs)
+        counts[name].append(0)
+        call = len(counts[name])
+        if fault.get("where") == name and call in fault.get("calls", []):
+            loss, metrics = function(*args, **kwargs)
+            return loss * fault["value"], metrics
+
+        def on_event(frame, event, argument) -> None:
+            if not event.endswith("call"):
+                return
+            counts[name][-1] += 1
+            if (fault.get("where"), fault.get("call")) == (name, call) and counts[name][-1] == fault["event"]:
+                sys.setprofile(None)
+                for pid in processes_of_run() if fault.get("who") == "all" else [os.getpid()]:
+                    os.kill(pid, getattr(signal, fault["signal"]))
+
+        sys.setprofile(on_event)
+        try:
+            return function(*args, **kwargs)
+        finally:
+            sys.setprofile(None)
+
+    setattr(module, name, instrumented)
+
+
+def main() -> None:
+    del sys.argv[0]
+    script = importlib.import_module(Path(sys.argv[0]).stem)
+    fault, counts = json.loads(os.environ.get("FAULT", "{}")), {}
+    here = (os.environ.get("RANK", "0"), os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+    if here == (str(fault.get("rank", 0)), str(fault.get("restart", 0))):
+        for name, module in PLACES.items():
+            if hasattr(module or script, name) and fault.get("where", name) == name:
+                instrument(module or script, name, fault, counts)
+    script.main(common.parse(script.Arguments, script.check, script.TOY))
+    if "COUNTS" in os.environ and here[0] == "0":
+        Path(os.environ["COUNTS"]).write_text(json.dumps(counts))
+
+
+if __name__ == "__main__":
+    main()

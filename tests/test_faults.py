@@ -1,0 +1,267 @@
+"""What happens to training runs: kills anywhere, dying ranks, other machines, bad disks, bad numbers.
+
+pytest -m long tests/test_faults.py has hundreds of kills at random places; KILLS says how many.
+"""
+
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+from test_runs import ROOT, assert_same_run, environment, metrics_of
+
+FLAGS = {
+    "dpo.py": "--precompute_ref_log_probs",
+    "cpo.py": "--loss_type simpo",
+    "alphapo.py": "",
+    "orpo.py": "",
+    "xpo.py": "",
+}
+SHORT = "--max_steps 4 --batch_size 8 --eval_prompts 4 --max_new_tokens 8 --eval_steps 2 --save_steps 1"
+
+
+def start(script: str, output_dir: Path, *flags: str, processes=1, fault=None, launch=(), **env):
+    torchrun = ["-m", "torch.distributed.run", *(launch or ["--standalone"]), f"--nproc_per_node={processes}"]
+    flags = [*SHORT.split(), *FLAGS[script].split(), *flags]
+    return subprocess.Popen(
+        [
+            sys.executable,
+            *(torchrun if processes > 1 or launch else []),
+            str(ROOT / "tests" / "faulty.py"),
+            str(ROOT / script),
+            "--output_dir",
+            str(output_dir),
+            *flags,
+        ],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment() | env | ({"FAULT": json.dumps(fault)} if fault else {}),
+        start_new_session=True,
+    )
+
+
+def finish(process: subprocess.Popen) -> tuple[int, str]:
+    """Exit status and output."""
+    try:
+        said = "".join(process.communicate(timeout=300))
+    finally:
+        try:
+            os.killpg(process.pid, signal.SIGKILL)  # what may be left of it
+        except ProcessLookupError:
+            pass
+    return process.returncode, said
+
+
+def run(*args, **options) -> tuple[int, str]:
+    return finish(start(*args, **options))
+
+
+def succeed(*args, **options) -> str:
+    status, said = run(*args, **options)
+    assert status == 0, said[-3000:]
+    return said
+
+
+CHAIN = {  # of starts of one run, each killed at another place: place, call, event, signal
+    "dpo.py": [
+        ("load_pairs", 1, 300, "SIGINT"),
+        ("precompute", 1, 500, "SIGKILL"),
+        ("evaluate", 1, 1000, "SIGKILL"),
+        ("save_checkpoint", 1, 3000, "SIGKILL"),
+        ("resume", 1, 100, "SIGKILL"),
+        ("clip_grad_norm", 1, 30, "SIGTERM"),
+        ("rmtree", 1, 3, "SIGKILL"),
+        ("save_model", 1, 300, "SIGKILL"),
+    ],
+    "xpo.py": [
+        ("sample", 2, 20000, "SIGKILL"),
+        ("generate", 9, 9000, "SIGINT"),
+        ("save_model", 1, 9, "SIGKILL"),
+    ],
+}
+CHAINS = [("dpo.py", 1), ("dpo.py", 2), ("xpo.py", 2)]
+
+
+@pytest.mark.parametrize(("script", "processes"), CHAINS)
+def test_killed_anywhere_the_same_command_goes_on(tmp_path, script, processes):
+    succeed(script, tmp_path / "a", processes=processes)
+    for i, (where, call, event, sent) in enumerate(CHAIN[script]):
+        fault = {"where": where, "call": call, "event": event, "signal": sent, "rank": i % processes}
+        status, said = run(script, tmp_path / "b", processes=processes, fault=fault)
+        assert status != 0, f"the fault did not happen: {fault}\n{said[-2000:]}"
+    succeed(script, tmp_path / "b", processes=processes)
+    assert_same_run(tmp_path / "a", tmp_path / "b")
+    steps = [line["step"] for line in metrics_of(tmp_path / "b") if "loss" in line]
+    assert steps == [1, 2, 3, 4]
+
+
+@pytest.mark.long
+def test_hundreds_of_kills(tmp_path):
+    kills, wanted, rng = 0, int(os.environ.get("KILLS", 200)), random.Random(int(os.environ.get("SEED", 0)))
+    failures, missed = [], 0
+    rounds = [(script, processes) for script in FLAGS for processes in (1, 2)]
+    counts = {}
+    while kills < wanted:
+        for script, processes in rounds:
+            whole, killed = tmp_path / f"{script}-{processes}", tmp_path / "killed"
+            if not whole.exists():
+                counts_file = tmp_path / "counts.json"
+                succeed(script, whole, processes=processes, COUNTS=str(counts_file))
+                counts[script, processes] = json.loads(counts_file.read_text())
+            history = []
+            for _ in range(6):
+                places = {place: events for place, events in counts[script, processes].items() if events}
+                where = rng.choice([*places])
+                call = rng.randrange(len(places[where]))
+                fault = {"where": where, "call": call + 1, "event": rng.randint(1, places[where][call])}
+                fault |= {
+                    "signal": rng.choice(["SIGKILL", "SIGTERM", "SIGINT"]),
+                    "rank": rng.randrange(processes),
+                }
+                fault |= {"who": rng.choice(["one", "all"])}
+                history.append(fault)
+                status, said = run(script, killed, processes=processes, fault=fault)
+                kills, missed = kills + (status != 0), missed + (status == 0)
+                if "finished already" in said or status == 0:
+                    break
+            status, said = run(script, killed, processes=processes)
+            try:
+                assert status == 0, said[-2000:]
+                assert_same_run(whole, killed)
+            except AssertionError as error:
+                failures.append((script, processes, history, str(error)[-1500:]))
+            shutil.rmtree(killed)
+            print(f"{kills} kills, {missed} that came too late, {len(failures)} failures", flush=True)
+    assert not failures, "\n".join(map(str, failures))
+
+
+def test_torchrun_starts_a_run_again_whose_rank_died(tmp_path):
+    succeed("dpo.py", tmp_path / "a", processes=2)
+    fault = {"where": "clip_grad_norm", "call": 3, "event": 20, "signal": "SIGKILL", "rank": 1}
+    launch = ["--standalone", "--max-restarts", "3"]  # gloo does not always connect at once
+    assert "going on after step 2" in succeed(
+        "dpo.py", tmp_path / "b", processes=2, fault=fault, launch=launch
+    )
+    assert_same_run(tmp_path / "a", tmp_path / "b")
+
+    # Two agents, as on two nodes.
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        endpoint = f"localhost:{free.getsockname()[1]}"
+    launch = ["--nnodes", "2", "--rdzv_backend", "c10d", "--rdzv_endpoint", endpoint]
+    nodes = [start("dpo.py", tmp_path / "c", launch=launch) for _ in range(2)]
+    for status, said in map(finish, nodes):
+        assert status == 0, said[-2000:]
+    assert_same_run(tmp_path / "a", tmp_path / "c")
+
+
+@pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1)])
+def test_going_on_with_another_number_of_processes(tmp_path, before, after):
+    succeed("cpo.py", tmp_path / "a", processes=before)
+    fault = {"where": "clip_grad_norm", "call": 3, "event": 9, "signal": "SIGKILL", "who": "all"}
+    assert run("cpo.py", tmp_path / "b", processes=before, fault=fault)[0] != 0
+    said = succeed("cpo.py", tmp_path / "b", processes=after)
+    assert f"it had {before} processes, not {after}" in said
+    a, b = (load_file(tmp_path / run / "model.safetensors") for run in "ab")
+    assert max((a[name] - b[name]).abs().max().item() for name in a) < 1e-5
+
+
+def checkpoint_after_three_steps(output_dir: Path) -> Path:
+    fault = {"where": "clip_grad_norm", "call": 4, "event": 9, "signal": "SIGKILL"}
+    assert run("cpo.py", output_dir, fault=fault)[0] != 0
+    return output_dir / "checkpoints" / "00000003"
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(tmp_path):
+    succeed("cpo.py", tmp_path / "a")
+    file = checkpoint_after_three_steps(tmp_path / "b") / "__0_0.distcp"
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1  # one bit
+    file.write_bytes(content)
+    said = succeed("cpo.py", tmp_path / "b")
+    assert "00000003 is damaged, in __0_0.distcp" in said and "going on after step 2" in said
+    assert_same_run(tmp_path / "a", tmp_path / "b")
+
+    folder = checkpoint_after_three_steps(tmp_path / "c")
+    os.truncate(folder / "__0_0.distcp", 1000)
+    (folder.parent / "00000002" / ".metadata").unlink()
+    said = succeed("cpo.py", tmp_path / "c")
+    assert "__0_0.distcp: not used" in said and "00000002 is damaged, in .metadata" in said
+    assert "going on" not in said
+    assert_same_run(tmp_path / "a", tmp_path / "c")
+
+
+def test_a_full_disk_costs_no_step_that_was_saved(tmp_path):
+    """Files of a certain size stand for a disk of that size: a write fails in the same way."""
+    succeed("cpo.py", tmp_path / "a")
+    folder = checkpoint_after_three_steps(tmp_path / "b")
+    limit = (folder / "__0_0.distcp").stat().st_size // 2
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+    try:
+        status, said = run("cpo.py", tmp_path / "b")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert status == 1 and "Traceback" not in said
+    assert "cannot save a checkpoint after step 4: " in said and "earlier ones are intact" in said
+    assert "going on after step 3" in succeed("cpo.py", tmp_path / "b")
+    assert_same_run(tmp_path / "a", tmp_path / "b")
+
+
+@pytest.mark.long
+def test_a_disk_that_is_really_full(tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=14m", "tmpfs", disk], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("may not mount a file system")
+    try:
+        succeed("cpo.py", tmp_path / "a", "--save_total_limit", "9")
+        status, said = run("cpo.py", disk / "b", "--save_total_limit", "9")
+        assert status == 1 and "No space left" in said and "cannot save a checkpoint" in said
+        subprocess.run(["mount", "-o", "remount,size=99m", disk], check=True)
+        assert "going on after step" in succeed("cpo.py", disk / "b", "--save_total_limit", "9")
+        assert_same_run(tmp_path / "a", disk / "b")
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+
+def test_two_runs_in_one_place(tmp_path):
+    first = start("cpo.py", tmp_path / "a")
+    while not (tmp_path / "a" / "metrics.jsonl").exists():
+        assert first.poll() is None
+        time.sleep(0.05)
+    second, said = run("cpo.py", tmp_path / "a")
+    assert second == 1 and "another run is running in" in said and "Traceback" not in said
+    assert finish(first)[0] == 0
+    assert [line["step"] for line in metrics_of(tmp_path / "a") if "loss" in line] == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize(
+    ("value", "calls"), [("nan", [2]), ("inf", [3]), ("1e38", [2, 3]), ("nan", [2, 3, 4])]
+)
+def test_numbers_that_are_not_finite_on_one_rank_skip_the_step_on_all(tmp_path, value, calls):
+    fault = {"where": "loss_and_metrics", "calls": calls, "value": float(value), "rank": 1}
+    # Two micro-batches would hide nothing: each process has one, and evaluations of step 0 are off.
+    flags = ("--eval_strategy", "no", "--max_grad_norm", "1e-3")
+    status, said = run("orpo.py", tmp_path / "a", *flags, processes=2, fault=fault)
+    lines = metrics_of(tmp_path / "a")
+    assert [line["skipped"] for line in lines] == [float(line["step"] in calls) for line in lines]
+    assert all(line["grad_norm"] is None for line in lines if line["skipped"])
+    if len(calls) == 3:
+        assert status == 1 and "the gradient was not finite in three steps up to 4" in said
+        assert (tmp_path / "a" / "checkpoints" / "00000003" / "digests.json").exists()
+        return
+    assert status == 0, said[-2000:]
+    weights = load_file(tmp_path / "a" / "model.safetensors")
+    assert all(tensor.isfinite().all() for tensor in weights.values())
