@@ -37,7 +37,6 @@ import torch.distributed.checkpoint.state_dict as dsd
 import torch.nn.functional as F
 import transformers
 from datasets.fingerprint import Hasher
-from jinja2 import TemplateError
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
@@ -369,10 +368,14 @@ def tokenize_pairs(
     if not len(raw):
         fail(f"the {name} data are empty")
     for column in [column for column in ("prompt", "chosen", "rejected") if column in found]:
-        if not isinstance(raw[0][column], str | list | None):
-            kind = type(raw[0][column]).__name__
-            fail(f"column {column} of the {name} data has {kind}s, not texts or messages")
-        if isinstance(raw[0][column], list) and not tokenizer.chat_template:
+        value = raw[0][column]
+        messages = value if isinstance(value, list) else []
+        if not isinstance(value, str | list | None) or not all("role" in message for message in messages):
+            kind = f"lists of {type(value[0]).__name__}s" if messages else f"{type(value).__name__}s"
+            fail(
+                f"column {column} of the {name} data has {kind}, not texts or messages with role and content"
+            )
+        if messages and not tokenizer.chat_template:
             fail("the data are conversations, but the tokenizer has no chat template")
     first_here = int(os.environ.get("LOCAL_RANK", 0)) == 0
     if not first_here:  # wait for the first process of this machine, then find its work in the cache
@@ -431,12 +434,15 @@ def tokenize_pair(row: dict, tokenizer, max_length: int) -> dict:
         return result | {"problem": "a completion is empty"}
     if prompt == []:
         return result | {"problem": "the conversations share no message"}
+    roles = [[message.get("role") for message in y] for y in (chosen, rejected) if isinstance(y, list)]
+    if not all("assistant" in turns for turns in roles):
+        return result | {"problem": "a completion has no message of the assistant"}
 
     # Tokens may span the boundary or depend on what follows: the prompt is what all three have in common.
     try:
         alone = encode(tokenizer, prompt)
         chosen, rejected = encode(tokenizer, prompt, chosen), encode(tokenizer, prompt, rejected)
-    except (TemplateError, ValueError) as error:  # such as two answers in a row
+    except Exception as error:  # whatever a template does with what it was not written for
         return result | {"problem": f"the chat template refuses it: {first_line(error)}"}
     shared = min(shared_length(alone, chosen), shared_length(alone, rejected))
     prompt, chosen, rejected = alone[:shared], chosen[shared:], rejected[shared:]

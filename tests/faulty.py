@@ -1,9 +1,9 @@
 """Runs a script with a fault in it: FAULT=JSON python tests/faulty.py dpo.py flags...
 
-FAULT has `where`, one of PLACES, and either `signal`, sent to this process, or with `who` "all" to the run's, at
-the `event`-th function call inside the `call`-th call of it; or `value`, which the loss of loss_and_metrics
-is multiplied by in the `calls` given. `rank` says in which process, `restart` in which start by torchrun.
-Without FAULT, the number of function calls inside each is counted, and written to the file COUNTS.
+FAULT has `where`, one of PLACES, and either `signal`, sent to this process, or with `who` "all" to those of
+the run, at the `event`-th function call inside the `call`-th call of it; or `value`, which the loss of
+loss_and_metrics is multiplied by in the `calls` given. `rank` says in which process, `restart` in which start
+by torchrun. Without FAULT, the function calls inside each call are counted, and written to the file COUNTS.
 """
 
 import importlib

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import tiny
-from test_runs import SHORT, environment, metrics_of, run, succeed
+from test_runs import SHORT, environment, last_wins, metrics_of, run, succeed
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import common
@@ -97,7 +97,7 @@ def test_an_output_dir_holds_one_run(tmp_path):
         "first",
     ]
     (tmp_path / "wandb.py").write_text(TRACKERS)  # stands in for the package, and for trackio, which is alike
-    command = [sys.executable, Path(dpo.__file__), "--output_dir", "out", *flags]
+    command = [sys.executable, Path(dpo.__file__), "--output_dir", "out", *last_wins(flags)]
     options = {"cwd": tmp_path, "capture_output": True, "text": True, "timeout": 300}
     result = subprocess.run(command, env=environment() | {"PYTHONPATH": str(tmp_path)}, **options)
     assert result.returncode == 0, result.stderr[-2000:]

@@ -19,6 +19,19 @@ SHORT = (
 TIMES = ("pairs_per_second", "tokens_per_second", "peak_memory_gib", "generation", "scoring", "time/training")
 
 
+def last_wins(flags) -> list[str]:
+    """The flags, each once: those that a test adds to SHORT replace its own."""
+    found = {}
+    for word in flags:
+        if word.startswith("--"):
+            found.pop(word, None)
+            name = word
+            found[name] = []
+        else:
+            found[name].append(word)
+    return [word for name, values in found.items() for word in (name, *values)]
+
+
 def command(script: str, output_dir: Path, *flags: str, processes: int = 1) -> list[str]:
     torchrun = [
         sys.executable,
@@ -28,7 +41,7 @@ def command(script: str, output_dir: Path, *flags: str, processes: int = 1) -> l
         f"--nproc_per_node={processes}",
     ]
     start = [sys.executable] if processes == 1 else torchrun
-    return [*start, str(ROOT / script), "--output_dir", str(output_dir), *flags]
+    return [*start, str(ROOT / script), "--output_dir", str(output_dir), *last_wins(flags)]
 
 
 def environment() -> dict[str, str]:

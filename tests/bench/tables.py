@@ -15,6 +15,7 @@ import platform
 import subprocess
 import sys
 import tempfile
+from itertools import product
 from pathlib import Path
 
 HERE = Path(__file__).parent
@@ -80,18 +81,19 @@ def cpu_name() -> str:
 def against_trl(args) -> None:
     results = Results("trl")
     methods = [method for method in TITLES if args.xpo or method not in ("xpo", "generation")]
-    for method in methods:
+    for lengths, method in product(args.lengths, methods):
+        if method == "generation" and lengths != "chat":
+            continue
         python = args.xpo if method in ("xpo", "generation") else sys.executable
-        for lengths in ("chat", "summary", "story")[: 1 if method == "generation" else 3]:
-            steps = args.steps * (2 if method == "generation" else 1)
-            flags = (method, "--lengths", lengths, "--steps", steps)
-            results.get(f"{method} {lengths}", lambda flags=flags, python=python: step(*flags, python=python))
-            if method in ("simpo", "generation"):  # in memory as CPO; nothing to see
-                continue
-            for name in NAMES:
-                flags = (method, "--lengths", lengths, "--memory", name)
-                key = f"{method} {lengths} memory {name}"
-                results.get(key, lambda flags=flags, python=python: step(*flags, python=python))
+        steps = args.steps * (2 if method == "generation" else 1)
+        flags = (method, "--lengths", lengths, "--steps", steps)
+        results.get(f"{method} {lengths}", lambda flags=flags, python=python: step(*flags, python=python))
+        if method in ("simpo", "generation"):  # in memory as CPO; nothing to see
+            continue
+        for name in NAMES:
+            flags = (method, "--lengths", lengths, "--memory", name)
+            key = f"{method} {lengths} memory {name}"
+            results.get(key, lambda flags=flags, python=python: step(*flags, python=python))
     print(
         "\n| method | lengths | pairs/s | tokens/s | TRL takes, times: default | no checkpointing | best "
         "| memory, GiB | TRL's: default | no checkpointing | best |\n|" + "---|" * 11
@@ -216,6 +218,8 @@ if __name__ == "__main__":
     tables = {"trl": against_trl, "growth": growth, "startup": startup, "figures": figures}
     parser.add_argument("table", choices=tables)
     parser.add_argument("--steps", type=int, default=10)
+    lengths = ("chat", "summary", "story")
+    parser.add_argument("--lengths", nargs="*", choices=lengths, default=lengths, help="of the first table")
     parser.add_argument("--xpo", help="the Python of an environment with TRL 1.13")
     args = parser.parse_args()
     tables[args.table](args)

@@ -1,0 +1,224 @@
+"""What is wrong gets one line that names it, soon, and leaves nothing on the disk."""
+
+import importlib
+import json
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import datasets
+import pytest
+import torch.distributed as dist
+from conftest import ARCHITECTURES, tiny
+from test_runs import ROOT, environment
+from transformers import (
+    AutoTokenizer,
+    CLIPConfig,
+    LlamaConfig,
+    LlamaForSequenceClassification,
+    T5Config,
+)
+
+from common import TOY_DATA, TOY_MODEL
+
+PAIR = {"prompt": "1", "chosen": "one", "rejected": "two"}
+CHAT = [{"role": "user", "content": "1"}, {"role": "assistant", "content": "one"}]
+ROLES = [{"role": "user", "content": "1"}, {"role": "user", "content": "one"}]
+IMAGE = [{"role": "user", "content": [{"type": "image"}]}, {"role": "assistant", "content": "one"}]
+
+
+def other(messages: list[dict]) -> list[dict]:
+    return [*messages[:-1], messages[-1] | {"content": "two"}]
+
+
+WRONG = [  # script, flags, what is said
+    # Arguments that do not parse.
+    ("dpo.py", "--lerning_rate 1", "unknown argument --lerning_rate; did you mean --learning_rate?"),
+    ("orpo.py", "--zzz", "unknown argument --zzz; --help lists all"),
+    ("cpo.py", "--beta two", "argument --beta: invalid float value: 'two'"),
+    ("cpo.py", "--max_steps 1.5", "invalid int value: '1.5'"),
+    ("alphapo.py", "--beta", "argument --beta: expected one argument"),
+    ("orpo.py", "--lr_scheduler_type sine", "invalid choice: 'sine'"),
+    ("dpo.py", "--beta .1 --loss_type ipo --beta=.2", "--beta is given twice"),
+    ("xpo.py", "--max-new-tokens 9 --max_new_tokens 8", "--max_new_tokens is given twice"),
+    ("dpo.py", "--dataset_name d", "--model_name_or_path and --dataset_name go together"),
+    ("xpo.py", "--model_name_or_path m", "--model_name_or_path and --dataset_name go together"),
+    # Out of range.
+    ("dpo.py", "--learning_rate 0", "learning_rate must be positive"),
+    ("dpo.py", "--learning_rate nan", "learning_rate must be positive"),
+    ("cpo.py", "--learning_rate inf", "learning_rate must be positive"),
+    ("dpo.py", "--batch_size -8", "batch_size must be positive"),
+    ("orpo.py", "--max_grad_norm 0", "max_grad_norm must be positive"),
+    ("alphapo.py", "--eval_steps -1", "eval_steps must be positive"),
+    ("dpo.py", "--weight_decay -0.1", "weight_decay must not be negative"),
+    ("dpo.py", "--adam_beta2 1", "adam_beta2 must not be negative, and below 1"),
+    ("dpo.py", "--seed -1", "seed must not be negative"),
+    ("dpo.py", "--warmup_steps -5", "warmup_steps must not be negative"),
+    ("dpo.py", "--beta 0", "beta must be positive"),
+    ("cpo.py", "--beta -1", "beta must be positive"),
+    ("alphapo.py", "--beta 0", "beta must be positive"),
+    ("orpo.py", "--beta -1", "beta must"),
+    ("xpo.py", "--beta 0.1 0", "beta must be positive"),
+    ("dpo.py", "--label_smoothing 0.5", "label_smoothing must be in [0, 0.5)"),
+    ("xpo.py", "--temperature 0", "the method needs samples"),
+    ("xpo.py", "--top_p 0", "top_p must be in (0, 1]"),
+    ("xpo.py", "--alpha -1", "alpha must be one or more values of at least 0"),
+    ("dpo.py", "--ref_model_sync_steps 0", "ref_model_sync_steps must be at least 1"),
+    # Not known, or not together.
+    ("dpo.py", "--loss_type sigmod", "unknown loss_type 'sigmod'; known are sigmoid"),
+    ("cpo.py", "--loss_type dpo", "unknown loss_type 'dpo'"),
+    ("xpo.py", "--loss_type hinge", "unknown loss_type 'hinge'; known are sigmoid, ipo"),
+    ("dpo.py", "--f_divergence_type kl", "unknown f_divergence_type 'kl'"),
+    ("dpo.py", "--label_smoothing 0.1 --loss_type hinge", "label_smoothing has no meaning for hinge"),
+    ("dpo.py", "--loss_type exo_pair --label_smoothing 0", "exo_pair needs a label_smoothing above 0"),
+    ("dpo.py", "--loss_type sigmoid sft --loss_weights 1", "2 loss types but 1 loss_weights"),
+    ("dpo.py", "--f_divergence_type js_divergence --loss_type ipo", "has no meaning for ipo"),
+    ("dpo.py", "--sync_ref_model --precompute_ref_log_probs", "cannot be precomputed"),
+    ("dpo.py", "--use_weighting --loss_type aot", "aot compares quantiles"),
+    ("dpo.py", "--loss_type aot --per_device_train_batch_size 4", "aot needs the batch at once"),
+    ("dpo.py", "--ld_alpha 0.5 --loss_type ipo", "ipo, sigmoid_norm, sft average"),
+    ("dpo.py", "--gradient_accumulation_steps 2 --batch_size 8", "give one of them"),
+    ("dpo.py", "--bf16 true --dtype float64", "with --dtype float64 it has to be false"),
+    ("cpo.py", "--simpo_gamma 1", "simpo_gamma is for simpo, alphapo only"),
+    ("xpo.py", "--judge nowhere.py:judge", "nowhere.py is no file"),
+    ("xpo.py", "--judge {dir}/judge.py:nobody", "there is no function nobody in"),
+    ("xpo.py", "--judge {dir}/judge.py:f --reward_model_path m", "give --reward_model_path or --judge"),
+    ("xpo.py", "--max_new_tokens 2000", "has to exceed max_new_tokens"),
+    ("dpo.py", "--report_to trackio", "pip install trackio"),
+    # Files and models.
+    ("dpo.py", "--output_dir {dir}/judge.py/out", "cannot write to --output_dir"),
+    ("dpo.py", "--model_name_or_path {dir}/nowhere --dataset_name {data}", "cannot load {dir}/nowhere"),
+    ("orpo.py", "--model_name_or_path {dir}/pickled --dataset_name {data}", "safetensors"),
+    ("cpo.py", "--model_name_or_path {dir}/t5 --dataset_name {data}", "is of type t5, not a language model"),
+    ("dpo.py", "--model_name_or_path {dir}/clip --dataset_name {data}", "is of type clip, not a language"),
+    ("dpo.py", "--model_name_or_path {dir}/no_eos --dataset_name {data}", "has no EOS token"),
+    (
+        "dpo.py",
+        "--model_name_or_path {dir}/added --dataset_name {data}",
+        "62 tokens, but the model embeds 61",
+    ),
+    ("xpo.py", "--reward_model_path {dir}/two", "has 2 outputs; a reward model has one"),
+    ("xpo.py", "--reward_model_path {dir}/no_template", "reward model's tokenizer has no chat template"),
+    # Data.
+    ("dpo.py", "{model} {dir}/nowhere.jsonl", "there is no file {dir}/nowhere.jsonl"),
+    ("dpo.py", "{model} {dir}/malformed.jsonl", "malformed.jsonl, line 3: "),
+    ("cpo.py", "{model} {dir}/empty.jsonl", "cannot load the dataset"),
+    (
+        "dpo.py",
+        "{model} {dir}/columns.jsonl",
+        "lack columns chosen and rejected (XPO: or prompt); found question",
+    ),
+    ("xpo.py", "{model} {dir}/columns.jsonl --reward_model_path r", "lack columns chosen and rejected"),
+    ("orpo.py", "{model} {dir}/numbers.jsonl", "column chosen of the training data has ints, not texts"),
+    ("alphapo.py", "{model} {dir}/blank.jsonl", "no training rows are left"),
+    ("dpo.py", "{model} {dir}/one.jsonl", "1 pairs do not fill a batch: --batch_size can be 1"),
+    (
+        "dpo.py",
+        "{model} {dir}/one.jsonl --dataset_train_split validation",
+        "no split 'validation'; it has train",
+    ),
+    ("dpo.py", "--max_length 3", "no training rows are left"),
+    ("dpo.py", "--batch_size 5000", "do not fill a batch"),
+    ("dpo.py", "{model} {dir}/images.jsonl", "no training rows are left"),
+    ("cpo.py", "{model} {dir}/roles.jsonl", "no training rows are left"),
+    (
+        "dpo.py",
+        "{model} {dir}/lists.jsonl",
+        "column chosen of the training data has lists of strs, not texts",
+    ),
+    ("dpo.py", "--model_name_or_path {dir}/no_template --dataset_name {dir}/chat.jsonl", "no chat template"),
+]
+
+
+@pytest.fixture(scope="module")
+def wrong(tmp_path_factory) -> Path:
+    """A directory of files and models with something wrong."""
+    folder = tmp_path_factory.mktemp("wrong")
+    (folder / "judge.py").write_text("def f(prompts, pairs): return [0 for _ in pairs]")
+    chat = {"chosen": CHAT, "rejected": other(CHAT)}
+    rows = {
+        "columns": {"question": "1", "answer": "a"},
+        "numbers": PAIR | {"chosen": 1, "rejected": 2},
+        "lists": PAIR | {"chosen": ["one"], "rejected": ["two"]},
+        "blank": PAIR | {"chosen": ""},
+        "one": PAIR,
+        "chat": chat,
+        "images": {"chosen": IMAGE, "rejected": other(IMAGE)},
+        "roles": {"chosen": ROLES, "rejected": other(ROLES)},
+    }
+    for name, row in rows.items():
+        (folder / f"{name}.jsonl").write_text(json.dumps(row))
+    (folder / "empty.jsonl").write_text("")
+    (folder / "malformed.jsonl").write_text(
+        f'{json.dumps(PAIR)}\n{json.dumps(PAIR)}\n{{"prompt": "1", "cho\n'
+    )
+
+    tokenizer = AutoTokenizer.from_pretrained(TOY_MODEL)
+    T5Config().save_pretrained(folder / "t5")
+    CLIPConfig().save_pretrained(folder / "clip")
+    for name in ("t5", "clip"):
+        tokenizer.save_pretrained(folder / name)
+    model = tiny("llama")
+    for name in ("pickled", "no_eos", "added", "no_template"):
+        model.save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+    (folder / "pickled" / "model.safetensors").rename(folder / "pickled" / "pytorch_model.bin")
+    odd = AutoTokenizer.from_pretrained(TOY_MODEL)
+    odd.eos_token = None
+    odd.save_pretrained(folder / "no_eos")
+    odd = AutoTokenizer.from_pretrained(TOY_MODEL)
+    odd.chat_template = None
+    (folder / "no_template" / "chat_template.jinja").unlink()
+    odd.save_pretrained(folder / "no_template")
+    odd = AutoTokenizer.from_pretrained(TOY_MODEL)
+    odd.add_tokens([f"token{i}" for i in range(62 - len(odd))])
+    odd.save_pretrained(folder / "added")
+    config = LlamaConfig(**ARCHITECTURES["llama"] | {"num_labels": 2})
+    LlamaForSequenceClassification(config).save_pretrained(folder / "two")
+    tokenizer.save_pretrained(folder / "two")
+    return folder
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch, tmp_path_factory):
+    """In this process and in tmp_path: the process group is there already, and stays."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(dist, "init_process_group", lambda *args, **options: None)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.getbasetemp() / "bad_input")
+    return monkeypatch
+
+
+@pytest.mark.parametrize(("script", "flags", "message"), WRONG, ids=[f"{s} {f}" for s, f, _ in WRONG])
+def test_one_line_says_what_is_wrong(here, wrong, tmp_path, capsys, script, flags, message):
+    flags = flags.replace("{model}", "--model_name_or_path {toy} --dataset_name")
+    names = {"{dir}": str(wrong), "{toy}": TOY_MODEL, "{data}": TOY_DATA}
+    for name, path in names.items():
+        flags, message = flags.replace(name, path), message.replace(name, path)
+    here.setattr(sys, "argv", [script, *flags.split()])
+    module, begin = importlib.import_module(script.removesuffix(".py")), time.monotonic()
+    with pytest.raises(SystemExit) as stop:
+        module.main(importlib.import_module("common").parse(module.Arguments, module.check, module.TOY))
+    said = str(stop.value)
+    assert said.startswith("error: ") and message in said and "\n" not in said and len(said) < 400
+    assert time.monotonic() - begin < 30
+    assert not [*tmp_path.iterdir()]  # not even output/
+
+
+def test_there_are_enough_of_them():
+    assert len(WRONG) >= 40 and len({script for script, *_ in WRONG}) == 5
+
+
+def start(*flags: str, **env) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(ROOT / "dpo.py"), *flags]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment() | env)
+
+
+def test_as_a_process():
+    result = start("--beta", "0")
+    assert result.returncode == 1 and result.stderr == "error: beta must be positive, not 0.0\n"
+    result = start("--beta", "0", "--traceback")
+    assert result.returncode == 1 and re.search("Traceback.*in check.*beta must be", result.stderr, re.DOTALL)
+    result = start("--beta", "0", RANK="1", LOCAL_RANK="1", WORLD_SIZE="2")
+    assert result.returncode == 1 and not result.stderr  # the first process of the machine says it
