@@ -350,10 +350,10 @@ def load_pairs(args: Arguments, tokenizer, **options) -> tuple[Pairs, Pairs | No
 
 
 def malformed_line(path: Path) -> int | None:
-    """The number of the first line that is not JSON."""
-    for number, line in enumerate(path.read_text(errors="replace").splitlines(), 1):
+    """The number of the first line that is not JSON, or not Unicode."""
+    for number, line in enumerate(path.read_text(errors="replace").split("\n"), 1):
         try:
-            json.loads(line)
+            json.dumps(json.loads(line or "0"), ensure_ascii=False).encode()
         except ValueError:
             return number
 

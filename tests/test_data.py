@@ -4,8 +4,10 @@ The built-in example's tokenizer has a token per character, so that expected ids
 chat template makes <s>12= twelve</s> of the question 12 and the answer " twelve".
 """
 
+import contextlib
 import csv
 import importlib.util
+import io
 import json
 import re
 import sys
@@ -19,9 +21,13 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer
+from tokenizers.decoders import ByteLevel as ByteLevelDecoder
+from tokenizers.models import BPE
 from tokenizers.normalizers import Strip
+from tokenizers.pre_tokenizers import ByteLevel
 from tokenizers.processors import TemplateProcessing
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 import common
 import xpo
@@ -323,6 +329,28 @@ def test_politeness_pairs(capsys):
     assert " spans " not in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    "name, text", [("toy", "one end of"), ("toy", "endend"), ("real", "a<|end|>\n<|user|>\nb")]
+)
+def test_text_that_spells_a_special_token_stays_text(name, text):
+    """In messages, whose turns it could end; plain texts are taken to be what a template made."""
+    if name == "real" and not here:
+        pytest.skip("needs ../shared")
+    tok = tokenizer(REAL[1] if name == "real" else "toy")
+    if name == "toy":
+        tok.add_special_tokens({"additional_special_tokens": ["end"]})
+    special = {i for i, token in tok.added_tokens_decoder.items() if token.special}
+    row = tokenize_pair(pair(user(text), answer(text), answer("b")), tok, 999)
+    plain = tokenize_pair(pair(user("a"), answer("a"), answer("b")), tok, 999)
+    for part in ("prompt", "chosen"):
+        assert [i for i in row[part] if i in special] == [i for i in plain[part] if i in special]
+        # But for spaces: where a tokenizer begins texts with one, the pieces of this text have one, too.
+        want = tok.decode(plain[part]).replace("a", text, 1)
+        assert tok.decode(row[part]).replace(" ", "") == want.replace(" ", "")
+    raw = tokenize_pair(pair(text, text, "b"), tok, 999)
+    assert special & {*raw["prompt"]} and special & {*raw["chosen"][:-1]}
+
+
 # ------------------------------------------------------------------------------ what is cut, dropped, refused
 
 
@@ -403,6 +431,66 @@ def test_errors_are_one_line(error, tmp_path):
     with pytest.raises(SystemExit) as stop:
         load(path, tok, dataset_train_split="validation" if "split" in error else "train")
     assert re.fullmatch(f"error: .*{says}.*", str(stop.value))
+
+
+def bytes_tokenizer():
+    """A token per byte, EOS, and a chat template: decoding gives any text back."""
+    bpe = Tokenizer(BPE(vocab={c: i for i, c in enumerate(sorted(ByteLevel.alphabet()))}, merges=[]))
+    bpe.pre_tokenizer, bpe.decoder = ByteLevel(add_prefix_space=False), ByteLevelDecoder()
+    tok = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="</s>", bos_token="<s>")
+    tok.chat_template = "{% for m in messages %}<s>{{ m.role }}:{{ m.content }}</s>{% endfor %}"
+    tok.chat_template += "{% if add_generation_prompt %}<s>assistant:{% endif %}"
+    return tok
+
+
+contents = st.text(st.characters(codec="utf-8"), max_size=20) | st.sampled_from(["", " ", "</s>", "x" * 5000])
+contents |= st.sampled_from(["\udfff", "\ufeff", "\0", "e\u0301", "\u202e", "\r\n", "👩‍👩‍👧"])
+dialogues = st.lists(contents, min_size=1, max_size=4) | contents.map(lambda text: [text] * 201)
+rows = st.tuples(contents, contents, contents) | st.tuples(dialogues, contents, contents)
+
+
+@settings(max_examples=15, deadline=None, derandomize=True, database=None)
+@given(st.lists(rows, min_size=1, max_size=6), st.booleans())
+def test_whatever_the_data_are_rows_are_kept_whole_or_dropped_and_counted(tmp_path_factory, found, chat):
+    def say(text) -> list[dict]:
+        roles = ["user", "assistant"] * (len(text) // 2 + 1)
+        return [{"role": role, "content": content} for role, content in zip(roles, text, strict=False)]
+
+    tok, data = bytes_tokenizer(), []
+    for prompt, chosen, rejected in found:
+        prompt = [prompt] if isinstance(prompt, str) else prompt
+        prompt = prompt[: (len(prompt) - 1) // 2 * 2 + 1]  # the last turn is the user's
+        data.append(
+            pair(say(prompt), answer(chosen), answer(rejected))
+            if chat
+            else pair("".join(prompt), chosen, rejected)
+        )
+    path = write(tmp_path_factory.mktemp("fuzz") / "pairs.jsonl", data)
+    broken = [i for i, row in enumerate(data, 1) if "\\udfff" in json.dumps(row)]
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said):
+        try:
+            train, _ = load(path, tok, max_length=10**6)
+        except SystemExit as stop:
+            assert f"line {broken[0]}: " in str(stop) if broken else "no training rows are left" in str(stop)
+            return
+    assert not broken
+    dropped = sum(map(int, re.findall(r"(\d+) of \d+ training rows dropped", said.getvalue())))
+    assert len(train.rows) == len(data) - dropped
+    kept = [row for row in data if not tokenize_pair(row, tok, 10**6)["problem"]]
+    for row, tokens in zip(kept, train.rows, strict=True):
+        for part in ("chosen", "rejected"):
+            if chat:
+                text = "".join(f"<s>{m['role']}:{m['content']}</s>" for m in row["prompt"] + row[part])
+            else:
+                text = row["prompt"] + row[part]
+                text = text.removesuffix("</s>") + "</s>" if text.endswith("</s>") else text + "</s>"
+            assert (
+                tok.decode(tokens["prompt"] + tokens[part]).removeprefix(
+                    "" if chat or row["prompt"] else "<s>"
+                )
+                == text
+            )
 
 
 def test_what_a_template_refuses_is_dropped(tmp_path, capsys):
