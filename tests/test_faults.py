@@ -6,6 +6,7 @@ pytest -m long tests/test_faults.py has hundreds of kills at random places; KILL
 import json
 import os
 import random
+import re
 import resource
 import shutil
 import signal
@@ -15,9 +16,10 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 from safetensors.torch import load_file
-from test_runs import ROOT, assert_same_run, environment, metrics_of
+from test_runs import ROOT, assert_same_run, environment, last_wins, metrics_of
 
 FLAGS = {
     "dpo.py": "--precompute_ref_log_probs",
@@ -29,9 +31,9 @@ FLAGS = {
 SHORT = "--max_steps 4 --batch_size 8 --eval_prompts 4 --max_new_tokens 8 --eval_steps 2 --save_steps 1"
 
 
-def start(script: str, output_dir: Path, *flags: str, processes=1, fault=None, launch=(), **env):
+def start(script: str, output_dir: Path, *flags: str, processes=1, fault=None, launch=(), output=None, **env):
     torchrun = ["-m", "torch.distributed.run", *(launch or ["--standalone"]), f"--nproc_per_node={processes}"]
-    flags = [*SHORT.split(), *FLAGS[script].split(), *flags]
+    flags = last_wins([*SHORT.split(), *FLAGS[script].split(), *flags])
     return subprocess.Popen(
         [
             sys.executable,
@@ -42,8 +44,8 @@ def start(script: str, output_dir: Path, *flags: str, processes=1, fault=None, l
             str(output_dir),
             *flags,
         ],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
+        stdout=output or subprocess.PIPE,
+        stderr=output or subprocess.PIPE,
         text=True,
         env=environment() | env | ({"FAULT": json.dumps(fault)} if fault else {}),
         start_new_session=True,
@@ -265,3 +267,30 @@ def test_numbers_that_are_not_finite_on_one_rank_skip_the_step_on_all(tmp_path, 
     assert status == 0, said[-2000:]
     weights = load_file(tmp_path / "a" / "model.safetensors")
     assert all(tensor.isfinite().all() for tensor in weights.values())
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("script", ["dpo.py", "xpo.py"])
+def test_memory_and_open_files_do_not_grow_in_2000_steps(tmp_path, script):
+    flags = "--max_steps 2000 --eval_steps 50 --save_steps 50 --batch_size 4 --max_new_tokens 4".split()
+    with (tmp_path / "said").open("w") as said:
+        process = start(script, tmp_path / "a", *flags, output=said)
+        files, memory = [], []
+        while process.poll() is None:
+            time.sleep(0.5)
+            try:
+                files.append(len(os.listdir(f"/proc/{process.pid}/fd")))
+                status = Path(f"/proc/{process.pid}/status").read_text()
+                memory.append(int(re.search(r"VmRSS:\s*(\d+)", status)[1]) / 1024)
+            except (OSError, TypeError):
+                break  # it has just ended
+        assert process.wait() == 0, (tmp_path / "said").read_text()[-2000:]
+    quarter = len(memory) // 4
+    assert quarter > 20
+    slope = np.polyfit(np.arange(len(memory) - quarter), memory[quarter:], 1)[0] * len(memory)
+    print(
+        f"{script}: {np.median(memory):.0f} MiB, {slope:+.1f} MiB in 2000 steps; {max(files)} files at most"
+    )
+    assert slope < 0.03 * np.median(memory)
+    assert max(files[2 * quarter :]) <= max(files[: 2 * quarter])
+    assert len(metrics_of(tmp_path / "a")) == 2000 + 41

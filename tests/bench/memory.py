@@ -1,0 +1,147 @@
+"""Memory per GPU on paper: python tests/bench/memory.py; --check compares it with what step.py measures.
+
+Weights, gradients and AdamW's two moments are float32, sharded; their sizes are those of fully_shard's own
+shards of the model on the meta device in a process group that only pretends to have so many processes. The
+reference is bfloat16, sharded. While a layer computes, its weights and the next one's are whole, in bfloat16,
+and so are those of embedding and head; a layer's gradient is whole once in bfloat16 and once in float32. The
+activations that a backward pass needs are counted on a real forward pass of one and of two layers.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+sys.path.insert(0, str(Path(__file__).parent))
+import step  # noqa: E402
+
+import common  # noqa: E402
+
+LLAMA = dict(vocab_size=128256, num_key_value_heads=8, tie_word_embeddings=False)
+MODELS = {
+    "Qwen2 0.5B": Qwen2Config(**step.SIZES["0.5b"], tie_word_embeddings=True),
+    "Llama 3 8B": LlamaConfig(
+        **LLAMA, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32
+    ),
+    "Llama 3 70B": LlamaConfig(
+        **LLAMA, hidden_size=8192, intermediate_size=28672, num_hidden_layers=80, num_attention_heads=64
+    ),
+}
+LENGTHS = (190, 280, 280)  # tokens of prompt, chosen, rejected
+GIB = 2**30
+
+
+def shard_sizes(config, gpus: int) -> tuple[int, int, int]:
+    """Weights on one of so many GPUs; those of a whole layer; those of embedding and head."""
+    dist.init_process_group("fake", rank=0, world_size=gpus, store=FakeStore())
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    layer = sum(p.numel() for p in model.model.layers[0].parameters())
+    outside = sum(p.numel() for p in model.parameters()) - layer * config.num_hidden_layers
+    args = SimpleNamespace(bf16=True)
+    common.shard(model, args, torch.device("cpu"), reshard_after_forward=False)
+    local = sum(p.to_local().numel() for p in model.parameters())
+    dist.destroy_process_group()
+    return local, layer, outside
+
+
+def activations(config, pairs: int, lengths: tuple, dtype: torch.dtype) -> tuple[float, float, int]:
+    """Bytes that the backward pass needs: of a layer, of what is outside layers; and of a layer's input."""
+    rng = np.random.default_rng(0)
+    batch = common.pack(
+        [tuple(rng.integers(1, 999, n) for n in lengths) for _ in range(pairs)],
+        torch.device("cpu"),
+        step_pairs=pairs,
+    )
+    found = []
+    for layers in (1, 2):
+        few = type(config)(**config.to_dict() | {"num_hidden_layers": layers, "layer_types": None})
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(few, dtype=dtype)
+        model.to_empty(device="cpu")
+        model.packed, model.balancing_loss = True, None
+        model.set_attn_implementation("packed")
+        weights, saved = {p.untyped_storage().data_ptr() for p in model.parameters()}, {}
+
+        def keep(tensor: torch.Tensor, weights=weights, saved=saved) -> torch.Tensor:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in weights:
+                saved[storage.data_ptr()] = (
+                    storage.nbytes(),
+                    storage,
+                )  # held, so that no other takes its place
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            common.score(model, batch)
+        found.append(sum(size for size, _ in saved.values()))
+        del model, saved
+    tokens, width = batch.input_ids.numel(), torch.finfo(dtype).bits // 8
+    return found[1] - found[0], 2 * found[0] - found[1], tokens * config.hidden_size * width
+
+
+def head(width: int) -> int:
+    """Bytes of a chunk of logits in the backward pass: as computed, in float32, and the gradients of both."""
+    return common.CHUNK * (2 * width + 2 * 4)
+
+
+def table(pairs: int) -> None:
+    print(f"GiB per GPU, micro-batches of {pairs} pairs of {', '.join(map(str, LENGTHS))} tokens\n")
+    print(
+        "| model | GPUs | weights, gradient, AdamW | reference | whole weights in use | activations "
+        "| with checkpointing | in all, with checkpointing | reference precomputed |\n|" + "---|" * 9
+    )
+    for name, config in MODELS.items():
+        found = activations(config, 1, LENGTHS, torch.bfloat16)  # all proportional to the tokens
+        layer_saved, outside_saved, layer_input = (pairs * size for size in found)
+        layers = config.num_hidden_layers
+        full = layers * layer_saved + outside_saved + head(2)
+        checkpointed = layers * layer_input + layer_saved + outside_saved + head(2)
+        for gpus in (1, 8, 64, 512):
+            local, layer, outside = shard_sizes(config, gpus)
+            state, reference = 16 * local, 2 * local
+            whole = 2 * (outside + 2 * layer) + 6 * max(layer, outside)
+            rest = state + whole + checkpointed
+            values = (state, reference, whole, full, checkpointed, rest + reference, rest)
+            print(f"| {name} | {gpus} | " + " | ".join(f"{value / GIB:.1f}" for value in values) + " |")
+
+
+CASES = ((4096, 280), (4096, 1024), (32768, 280))  # vocabulary, tokens of a completion
+
+
+def check() -> None:
+    """Against the peak that the operating system reports, on this machine, in float32, of a DPO step."""
+    measured = []  # first: to Linux, a process has at least the peak of the one that started it
+    for vocabulary, completion in CASES:
+        flags = ["dpo", "--lengths", str(completion), "--vocabulary", str(vocabulary), "--memory", "ours"]
+        command = [sys.executable, step.__file__, *flags, "--pairs", "4", "--json"]
+        done = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        measured.append(json.loads([line for line in done.splitlines() if line.startswith("{")][0])["gib"])
+    print("| vocabulary | tokens of a completion | GiB on paper | measured |\n|---|---|---|---|")
+    for (vocabulary, completion), gib in zip(CASES, measured, strict=True):
+        config = Qwen2Config(**step.SIZES["small"] | {"vocab_size": vocabulary}, tie_word_embeddings=True)
+        layer, outside, _ = activations(config, 4, (128, completion, completion), torch.float32)
+        with torch.device("meta"):
+            weights = sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
+        logits = min(common.CHUNK, 8 * completion * vocabulary)
+        paper = config.num_hidden_layers * layer + outside + logits * 3 * 4 + 12 * weights
+        print(f"| {vocabulary} | {completion} | {paper / GIB:.2f} | {gib:.2f} |")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--pairs", type=int, default=4, help="of a micro-batch")
+    parser.add_argument("--check", action="store_true")
+    args = parser.parse_args()
+    check() if args.check else table(args.pairs)
