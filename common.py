@@ -1070,13 +1070,14 @@ def check_output_dir(args: Arguments) -> None:
         raise SystemExit(0)
 
 
-def lock(output_dir: str) -> None:
-    """Refuse to run where another run is running. The lock ends with the process, however it ends."""
+def lock(output_dir: str) -> bool:
+    """Whether no other process has the lock of output_dir. It ends with the process, however that ends."""
     Path(output_dir).mkdir(parents=True, exist_ok=True)
     try:
         fcntl.flock(os.open(output_dir, os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        fail(f"another run is running in {output_dir}")
+        return False
+    return True
 
 
 def complete_checkpoints(args: Arguments) -> list[Path]:
@@ -1119,9 +1120,8 @@ def save_checkpoint(args: Arguments, policy, optimizer, step: int, extra: dict[s
 
 def resume(args: Arguments, policy, optimizer, extra: dict[str, Tensor]) -> int:
     """Load the newest checkpoint in place; the number of steps that it has behind it, 0 if there is none."""
-    found = [[]]
-    if dist.get_rank() == 0:
-        lock(args.output_dir)
+    found = [None]
+    if dist.get_rank() == 0 and lock(args.output_dir):
         if args.overwrite_output_dir and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
             for path in [p for name in WRITTEN for p in Path(args.output_dir).glob(name)]:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -1131,6 +1131,8 @@ def resume(args: Arguments, policy, optimizer, extra: dict[str, Tensor]) -> int:
                 shutil.rmtree(path)  # torn: the run was killed while it saved
         write_run(args, finished=False)
     dist.broadcast_object_list(found)  # one decision for all
+    if found[0] is None:
+        fail(f"another run is running in {args.output_dir}")
     for folder in reversed(found[0]):
         saved, now = json.loads((folder / "digests.json").read_text()), digests(folder)
         damaged = [name for name in saved if saved[name] != now.get(name)]
