@@ -65,9 +65,7 @@ class Arguments:
 
     model_name_or_path: str | None = arg(None, "the policy: a Hub name or a directory [the built-in example]")
     model_revision: str = arg("main", "branch, tag or commit of the model on the Hub")
-    trust_remote_code: bool = arg(
-        False, "run code that the model brings, and load weights not in safetensors"
-    )
+    trust_remote_code: bool = arg(False, "run the model's code, and load weights not in safetensors")
     dtype: Literal["float32", "bfloat16", "float64"] = arg("float32", "of the weights that AdamW updates")
     dataset_name: str | None = arg(None, "a Hub name, a directory, or a json, jsonl, csv or parquet file")
     dataset_config: str | None = arg(None, "configuration of the dataset")
@@ -108,19 +106,18 @@ class Arguments:
     traceback: bool = arg(False, "show where an error came from, not only its message")
 
 
-def fail(message: str) -> NoReturn:
-    """End the program with one line, from the first process of a machine alone."""
+def fail(message: str, *, alone: bool = False) -> NoReturn:
+    """End the program with one line from the first process of a machine, or, `alone`, from this one."""
     if "--traceback" in sys.argv:
         raise RuntimeError(message)
-    raise SystemExit(f"error: {message}" if int(os.environ.get("LOCAL_RANK", 0)) == 0 else 1)
+    raise SystemExit(f"error: {message}" if alone or os.environ.get("LOCAL_RANK", "0") == "0" else 1)
 
 
 def parse(kind: type[Arguments], check: Callable[[Arguments], None], toy: dict) -> Arguments:
     """The command line's arguments, checked; with neither model nor dataset, `toy` are the defaults."""
     parser = transformers.HfArgumentParser(kind, allow_abbrev=False)
     parser.error = fail
-    words = [word.split("=")[0] for word in sys.argv[1:] if word.startswith("--")]
-    flags = [word.lstrip("-").replace("-", "_") for word in words]
+    flags = [w[2:].split("=")[0].replace("-", "_") for w in sys.argv[1:] if w.startswith("--")]
     if twice := [flag for flag in flags if flags.count(flag) > 1]:
         fail(f"--{twice[0]} is given twice")
     if not {*flags} & {"model_name_or_path", "dataset_name"}:
@@ -234,10 +231,8 @@ def first_line(error: Exception) -> str:
 
 def load_tokenizer(args: Arguments):
     """The tokenizer of the policy, if that is a model these scripts can train."""
-    path = args.model_name_or_path
-    tokenizer, config = (
-        from_pretrained(kind, path, args) for kind in (transformers.AutoTokenizer, AutoConfig)
-    )
+    path, kinds = args.model_name_or_path, (transformers.AutoTokenizer, AutoConfig)
+    tokenizer, config = (from_pretrained(kind, path, args) for kind in kinds)
     known = config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or args.trust_remote_code
     if config.is_encoder_decoder or not known:
         fail(f"{path} is of type {config.model_type}, not a language model with a decoder alone")
@@ -256,8 +251,10 @@ def load_model(path: str, args: Arguments, device: torch.device, *, trainable: b
     the dtype of the computation, which loses nothing while they do not change.
     """
     config = from_pretrained(AutoConfig, path, args).to_dict()
-    no_dropout = {name: 0.0 for name, value in config.items() if "drop" in name and isinstance(value, float)}
-    model = from_pretrained(AutoModelForCausalLM, path, args, dtype=getattr(torch, args.dtype), **no_dropout)
+    dropout = {name: value for name, value in config.items() if "drop" in name and isinstance(value, float)}
+    options = {"dtype": getattr(torch, args.dtype)} | dict.fromkeys(dropout, 0.0)
+    model = from_pretrained(AutoModelForCausalLM, path, args, **options)
+    model.dropout = dropout  # to save it as it was
     model.train(trainable).requires_grad_(trainable)
     enable_packing(model)
     if trainable and args.gradient_checkpointing:
@@ -334,10 +331,9 @@ def load_pairs(args: Arguments, tokenizer, **options) -> tuple[Pairs, Pairs | No
             splits = datasets.load_dataset(args.dataset_name, args.dataset_config)
     except Exception as error:  # of many types: missing, malformed, no network
         cause = error.__cause__ or error
-        where = f", line {malformed_line(path)}" if path.suffix == ".jsonl" and malformed_line(path) else ""
-        fail(
-            f"cannot load the dataset {args.dataset_name}{where}: {type(cause).__name__} {first_line(cause)}"
-        )
+        line = malformed_line(path) if path.suffix == ".jsonl" else None
+        where = f"{args.dataset_name}, line {line}" if line else args.dataset_name
+        fail(f"cannot load the dataset {where}: {type(cause).__name__} {first_line(cause)}")
     if args.dataset_train_split not in splits:
         fail(f"{args.dataset_name} has no split '{args.dataset_train_split}'; it has {', '.join(splits)}")
     train = tokenize_pairs(splits[args.dataset_train_split], "training", args, tokenizer, **options)
@@ -368,10 +364,10 @@ def tokenize_pairs(
     if not len(raw):
         fail(f"the {name} data are empty")
     for column in [column for column in ("prompt", "chosen", "rejected") if column in found]:
-        value = raw[0][column]
-        messages = value if isinstance(value, list) else []
-        if not isinstance(value, str | list | None) or not all("role" in message for message in messages):
-            kind = f"lists of {type(value[0]).__name__}s" if messages else f"{type(value).__name__}s"
+        first = raw[0][column]
+        messages = first if isinstance(first, list) else []
+        if not isinstance(first, str | list | None) or not all("role" in message for message in messages):
+            kind = f"lists of {type(first[0]).__name__}s" if messages else f"{type(first).__name__}s"
             fail(
                 f"column {column} of the {name} data has {kind}, not texts or messages with role and content"
             )
@@ -381,11 +377,8 @@ def tokenize_pairs(
     if not first_here:  # wait for the first process of this machine, then find its work in the cache
         dist.barrier()
     options = {"tokenizer": tokenizer, "max_length": args.max_length}
-    kinds = {
-        list: datasets.List(datasets.Value("int32")),
-        str: datasets.Value("string"),
-        bool: datasets.Value("bool"),
-    }
+    value = datasets.Value
+    kinds = {list: datasets.List(value("int32")), str: value("string"), bool: value("bool")}
     features = {key: kinds[type(value)] for key, value in tokenize(raw[0], **options).items()}
     features |= {"answer": raw.features["answer"]} if "answer" in found else {}
     columns, processes = [column for column in found if column != "answer"], args.dataset_num_proc
@@ -395,14 +388,8 @@ def tokenize_pairs(
     files = [Path(getattr(m, "__file__", __file__)) for m in (sys.modules[__name__], module)]
     code = [file.read_text() for file in files if file.is_file()]  # a notebook has none, a pipe no real one
     fingerprint = Hasher.hash([raw._fingerprint, code, tokenizer, args.max_length, args.max_new_tokens])
-    rows = raw.map(
-        tokenize,
-        fn_kwargs=options,
-        remove_columns=columns,
-        features=datasets.Features(features),
-        num_proc=processes,
-        new_fingerprint=fingerprint,
-    )
+    how = {"remove_columns": columns, "features": datasets.Features(features), "num_proc": processes}
+    rows = raw.map(tokenize, fn_kwargs=options, new_fingerprint=fingerprint, **how)
     if first_here:
         dist.barrier()
 
@@ -497,11 +484,9 @@ def encode(tokenizer, prompt: str | list[dict], completion: str | list[dict] | N
     Of conversations, what the chat template makes. Of texts, EOS once, and BOS once if the tokenizer adds it.
     """
     if isinstance(prompt, list):
-        if (
-            completion and prompt[-1]["role"] == completion[0]["role"] == "assistant"
-        ):  # it goes on with the turn
-            turn = prompt[-1] | {"content": prompt[-1]["content"] + completion[0]["content"]}
-            prompt, completion = [*prompt[:-1], turn], completion[1:]
+        if completion and prompt[-1]["role"] == completion[0]["role"] == "assistant":  # one turn
+            content = [turn.get("content") or "" for turn in (prompt[-1], completion[0])]
+            prompt, completion = [*prompt[:-1], prompt[-1] | {"content": "".join(content)}], completion[1:]
         messages = [{k: v for k, v in m.items() if v is not None} for m in prompt + (completion or [])]
         goes_on = completion is None and messages[-1]["role"] == "assistant"
         end = {"continue_final_message": goes_on, "add_generation_prompt": completion is None and not goes_on}
@@ -524,21 +509,15 @@ def encode_messages(tokenizer, messages: list[dict], **options) -> list[int]:
     user's message ends that message.
     """
     special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
-    special = re.compile("|".join(map(re.escape, special)) or "(?!)")
-
-    def mark(value):
-        if isinstance(value, str):
-            return special.sub(lambda match: match[0][0] + MARK + match[0][1:], value)
-        if isinstance(value, dict):
-            return {key: mark(part) for key, part in value.items()}
-        return [mark(part) for part in value] if isinstance(value, list) else value
-
-    if mark(messages) == messages:
+    text = json.dumps(messages, ensure_ascii=False, default=str)
+    pattern = "|".join(map(re.escape, special)) or "(?!)"
+    marked = re.sub(pattern, lambda match: match[0][0] + MARK + match[0][1:], text)
+    if marked == text:
         return tokenizer.apply_chat_template(messages, return_dict=False, **options)
-    rendered = tokenizer.apply_chat_template(mark(messages), tokenize=False, **options)
-    marked = "|".join(re.escape(text[0] + MARK + text[1:]) for text in special.findall(str(messages)))
+    rendered = tokenizer.apply_chat_template(json.loads(marked), tokenize=False, **options)
+    pattern = "|".join(re.escape(token[0] + MARK + token[1:]) for token in special)
     ids = []
-    for i, piece in enumerate(re.split(f"({marked})", rendered)):  # every other one is marked
+    for i, piece in enumerate(re.split(f"({pattern})", rendered)):  # every other one is marked
         options = {"add_special_tokens": False, "split_special_tokens": i % 2 == 1}
         ids += tokenizer(piece.replace(MARK, "") if i % 2 else piece, **options)["input_ids"]
     return ids
@@ -561,10 +540,10 @@ def global_batches(lengths: np.ndarray, args: Arguments) -> np.ndarray:
     steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * per_epoch - 1e-9)
     epochs = []
     for epoch in range(math.ceil(steps / per_epoch)):
-        order = np.random.default_rng((args.seed, epoch)).permutation(len(lengths))[: per_epoch * size]
-        order = order.reshape(per_epoch, size)
-        by_length = lengths.sum(1)[order].argsort(axis=1, kind="stable")
-        epochs.append(np.take_along_axis(order, by_length, axis=1))
+        order = np.random.default_rng((args.seed, epoch)).permutation(len(lengths))
+        order = order[: per_epoch * size].reshape(per_epoch, size)
+        short_first = lengths.sum(1)[order].argsort(axis=1, kind="stable")
+        epochs.append(np.take_along_axis(order, short_first, axis=1))
     return np.concatenate(epochs)[:steps]
 
 
@@ -628,16 +607,14 @@ def micro_batches(pairs: Pairs, rows: np.ndarray, size: int, device: torch.devic
 
 def pack(pairs: list[tuple], device: torch.device, *, score_prompts: bool = False, **counts) -> Batch:
     """A Batch of pairs (prompt, chosen, rejected) of token ids; `counts` are more of its fields."""
-    ids, positions, sequences, source, end = [], [], [], [], 0  # end: of the row so far
+    ids, sequences, source, end = [], [], [], 0  # end: of the row so far
     for prompt, *completions in pairs or [([0], [0], [0])]:  # without pairs, a token for the model to compute
         start, end = end, end + len(prompt)
         ids.append(prompt)
-        positions.append(np.arange(len(prompt)))
         for completion in completions:
             body = np.arange(end, end + len(completion) - 1)
             end += len(body)
             ids.append(completion[:-1])
-            positions.append(len(prompt) + np.arange(len(body)))
             sequences.append(np.concatenate([np.arange(start, start + len(prompt)), body]))
             # The last token of the prompt predicts the first of the completion.
             source.append(sequences[-1][len(prompt) - 1 :])
@@ -654,7 +631,7 @@ def pack(pairs: list[tuple], device: torch.device, *, score_prompts: bool = Fals
     counts_of_labels = [len(y) for y in labels]
     arrays = {
         "input_ids": np.concatenate(ids)[None],
-        "position_ids": np.concatenate(positions)[None],
+        "position_ids": (home % longest)[None],
         "labels": np.concatenate([*labels, []]),
         "source": np.concatenate([*source, []]),
         "owner": np.arange(len(labels)).repeat(counts_of_labels),
@@ -681,7 +658,8 @@ class Scores(NamedTuple):
 def score(model, batch: Batch, *, collisions: bool = False) -> Scores:
     """model.score(batch): packed, with shared prompts, and no [tokens, vocabulary] tensor kept.
 
-    Equal to plain_score, the definition, which runs for architectures where it would not be (enable_packing).
+    Log-probabilities equal those of plain_score, the definition, which runs for architectures where they
+    would not (enable_packing).
     """
     if not model.packed:
         return plain_score(model, batch, collisions=collisions)
@@ -701,10 +679,9 @@ def score(model, batch: Batch, *, collisions: bool = False) -> Scores:
 
     size = max(1, CHUNK // model.config.get_text_config().vocab_size)
     chunks = zip(hidden.split(size), batch.labels.split(size), strict=True)
-    token_logps, log_collisions = zip(
-        *(checkpoint(chunk_logps, *chunk, use_reentrant=False, preserve_rng_state=False) for chunk in chunks),
-        strict=True,
-    )
+    options = {"use_reentrant": False, "preserve_rng_state": False}
+    parts = [checkpoint(chunk_logps, *chunk, **options) for chunk in chunks]
+    token_logps, log_collisions = zip(*parts, strict=True)
     aux_loss = model.balancing_loss(outputs.router_logits) if model.balancing_loss else 0.0
     return Scores(torch.cat(token_logps), aux_loss, torch.cat(log_collisions) if collisions else None)
 
@@ -775,6 +752,8 @@ def enable_packing(model) -> None:
     model.balancing_loss = balancing_loss(model)
     want, before = plain_score(model, batch).token_logps, model.config._attn_implementation
     try:
+        if getattr(model.config.get_text_config(), "attention_chunk_size", None):
+            raise NotImplementedError("attention within chunks")
         model.packed = True
         model.set_attn_implementation("packed")
         difference = (score(model, batch).token_logps - want).abs().max().item()
@@ -800,17 +779,17 @@ def gathered(model, args: Arguments) -> Iterator[bool]:
     """
     fits = torch.ones((), device=model.device)
     if model.device.type == "cuda":
-        size = sum(p.numel() for p in model.parameters()) * (2 if args.bf16 else 4)
+        size = sum(p.numel() * (2 if args.bf16 else p.element_size()) for p in model.parameters())
         free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
         fits *= size < 0.8 * free
     dist.all_reduce(fits, op=dist.ReduceOp.MIN)
     parts = [m for m in model.modules() if isinstance(m, FSDPModule)] if fits else []
     hooks = [(part._forward_pre_hooks, part._forward_hooks) for part in parts]
-    for part in parts:
-        part.unshard()
-        # Without the hooks that gather and shard again, which cost time at every layer of every token.
-        part._forward_pre_hooks, part._forward_hooks = OrderedDict(), OrderedDict()
     try:
+        for part in parts:
+            part.unshard()
+            # Without the hooks that gather and shard again, which cost time at every layer of every token.
+            part._forward_pre_hooks, part._forward_hooks = OrderedDict(), OrderedDict()
         yield bool(fits)
     finally:
         for part, (before, after) in zip(parts, hooks, strict=True):
@@ -914,7 +893,7 @@ class Log:
         self.track, done = (lambda metrics, step: None), [False]
         if self.main:
             self.metrics, lines = reopen(Path(args.output_dir, "metrics.jsonl"), first_step)
-            done = [any(line["step"] == first_step and "eval_" in str(line) for line in lines)]
+            done = [any(line["step"] == first_step and "learning_rate" not in line for line in lines)]
             # Completions are written before the metrics of an evaluation: without these it was cut short.
             last = first_step if done[0] else first_step - 1
             self.completions, _ = reopen(Path(args.output_dir, "completions.jsonl"), last)
@@ -995,9 +974,8 @@ class Log:
 
 def reopen(path: Path, last: int) -> tuple[TextIO, list[dict]]:
     """A .jsonl file to append to, and its lines, without those after step `last`: these steps run again."""
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    lines = [json.loads(line) for line in lines if line.endswith("\n")]  # a torn one is the last
-    lines = [line for line in lines if line["step"] <= last]
+    lines = path.read_text().split("\n")[:-1] if path.exists() else []  # what is after the last \n is torn
+    lines = [line for line in map(json.loads, lines) if line["step"] <= last]
     replace_text(path, "".join(json.dumps(line) + "\n" for line in lines))
     return path.open("a", buffering=1), lines
 
@@ -1047,27 +1025,33 @@ def write_run(args: Arguments, finished: bool) -> None:
     replace_text(Path(args.output_dir, "run.json"), json.dumps(content, indent=2))
 
 
-WRITTEN = """run.json metrics.jsonl completions.jsonl reference_logps_* checkpoints tensorboard
-    model*.safetensors model.safetensors.index.json""".split()
+# What overwrite_output_dir deletes; run.json last, for while it is there nobody takes the rest for their own.
+WRITTEN = """checkpoints metrics.jsonl completions.jsonl reference_logps_* tensorboard model*.safetensors
+    model.safetensors.index.json run.json""".split()
 
 
 def check_output_dir(args: Arguments) -> None:
     """An output_dir holds one run: the same command goes on with it, another is refused."""
-    path = Path(args.output_dir, "run.json")
-    there = next(folder for folder in (path.parent, *path.absolute().parents) if folder.exists())
+    folder = Path(args.output_dir).absolute()
+    there = next(path for path in (folder, *folder.parents) if path.exists())
     if not there.is_dir() or not os.access(there, os.W_OK):
         fail(f"cannot write to --output_dir {args.output_dir}")
-    if args.overwrite_output_dir or not path.exists():
+    if args.overwrite_output_dir or not (folder / "run.json").exists():
         return
-    run, script = json.loads(path.read_text()), Path(sys.argv[0]).name
-    old, new = ({"script": s, **a} for s, a in ((run["script"], run["arguments"]), (script, asdict(args))))
-    differ = [name for name in new if name not in MAY_CHANGE and old.get(name) != new[name]]
-    if differ:
-        changes = ", ".join(f"{name} {old.get(name)} (now {new[name]})" for name in differ)
-        fail(f"another run is in {args.output_dir}: {changes}; change --output_dir or --overwrite_output_dir")
-    if run["finished"]:
+    if changes := changes_since(args):
+        where = f"another run is in {args.output_dir}: {', '.join(changes)}"
+        fail(f"{where}; change --output_dir or --overwrite_output_dir")
+    if json.loads((folder / "run.json").read_text())["finished"]:
         say(f"finished already, in {args.output_dir}; --overwrite_output_dir starts anew")
         raise SystemExit(0)
+
+
+def changes_since(args: Arguments) -> list[str]:
+    """What in this run's command differs from that of the run in output_dir."""
+    run = json.loads(Path(args.output_dir, "run.json").read_text())
+    new, old = {"script": Path(sys.argv[0]).name} | asdict(args), {"script": run["script"]} | run["arguments"]
+    differ = [name for name in new if name not in MAY_CHANGE and old.get(name) != new[name]]
+    return [f"{name} {old.get(name)} (now {new[name]})" for name in differ]
 
 
 def lock(output_dir: str) -> bool:
@@ -1077,6 +1061,8 @@ def lock(output_dir: str) -> bool:
         fcntl.flock(os.open(output_dir, os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
+    except OSError:
+        pass  # a file system without locks
     return True
 
 
@@ -1112,6 +1098,7 @@ def save_checkpoint(args: Arguments, policy, optimizer, step: int, extra: dict[s
             for old in complete_checkpoints(args)[: -args.save_total_limit]:
                 (old / "digests.json").unlink()  # first, so that a half-deleted one does not look complete
                 shutil.rmtree(old)
+        dist.barrier()  # nobody leaves before it is complete
     except (OSError, CheckpointException) as error:
         causes = error.failures.values() if isinstance(error, CheckpointException) else [(error,)]
         reason = first_line(next(iter(causes))[0])
@@ -1122,7 +1109,10 @@ def resume(args: Arguments, policy, optimizer, extra: dict[str, Tensor]) -> int:
     """Load the newest checkpoint in place; the number of steps that it has behind it, 0 if there is none."""
     found = [None]
     if dist.get_rank() == 0 and lock(args.output_dir):
-        if args.overwrite_output_dir and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
+        # Started again by torchrun, a run has deleted the earlier one already.
+        again = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+        again = again and Path(args.output_dir, "run.json").exists() and not changes_since(args)
+        if args.overwrite_output_dir and not again:
             for path in [p for name in WRITTEN for p in Path(args.output_dir).glob(name)]:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
         found = [complete_checkpoints(args)]
@@ -1139,6 +1129,8 @@ def resume(args: Arguments, policy, optimizer, extra: dict[str, Tensor]) -> int:
         if not damaged:
             break
         say(f"the checkpoint {folder} is damaged, in {', '.join(damaged)}: not used")
+        if dist.get_rank() == 0:  # all have read them: digests() waits for all
+            (folder / "digests.json").unlink()
     else:
         return 0
     state = training_state(policy, optimizer, 0, extra)
@@ -1158,6 +1150,7 @@ def save_model(args: Arguments, policy, tokenizer) -> None:
     weights = dsd.get_model_state_dict(policy, options=whole)
     if dist.get_rank() == 0:
         weights = {name: w for name, w in weights.items() if name not in policy.all_tied_weights_keys}
+        policy.config.update(policy.dropout)
         policy.save_pretrained(args.output_dir, state_dict=weights)
         tokenizer.save_pretrained(args.output_dir)
         if args.push_to_hub:

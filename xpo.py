@@ -21,7 +21,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -145,6 +145,7 @@ def tokenize_prompt(row: dict, tokenizer, max_length: int, *, max_new_tokens: in
     return result | {"prompt": ids, "raw": json.dumps(prompt)}
 
 
+@cache
 def load_judge(path: str) -> Callable:
     """The function of `path/to/file.py:function`. It runs that file: ValueError if there is none.
 
@@ -233,13 +234,14 @@ def sample(policy, reference, decide: Callable, tokenizer, rows: dict, args: Arg
         pairs = [(b, a) if swap else (a, b) for a, b, swap in zip(*texts, swapped, strict=True)]
         better = decide(prompts, pairs)
         if len(better) != len(pairs) or not {*better} <= {0, 1, -1}:
-            common.fail(f"the judge must return 0, 1 or -1 for each of {len(pairs)} pairs, not {better}")
+            wanted = f"0, 1 or -1 for each of {len(pairs)} pairs"
+            common.fail(f"the judge must return {wanted}, not {better}", alone=True)
         sides = [(1, -1, 0)[b] * (-1 if swap else 1) for b, swap in zip(better, swapped, strict=True)]
         preferences = torch.tensor(sides)
     else:
         scores = torch.stack([decide(prompts, part).cpu() for part in texts], dim=1)
         if not scores.isfinite().all():
-            common.fail("the reward model gave a score that is not finite")
+            common.fail("the reward model gave a score that is not finite", alone=True)
         if args.missing_eos_penalty is not None:
             scores = scores - args.missing_eos_penalty * ~ended
         preferences = (scores[:, 0] - scores[:, 1]).sign()

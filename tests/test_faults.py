@@ -124,7 +124,7 @@ def test_hundreds_of_kills(tmp_path):
             for _ in range(6):
                 places = {place: events for place, events in counts[script, processes].items() if events}
                 where = rng.choice([*places])
-                call = rng.randrange(len(places[where]))
+                call = int(rng.random() ** 3 * len(places[where]))  # a run that goes on makes fewer calls
                 fault = {"where": where, "call": call + 1, "event": rng.randint(1, places[where][call])}
                 fault |= {
                     "signal": rng.choice(["SIGKILL", "SIGTERM", "SIGINT"]),
