@@ -644,7 +644,8 @@ def pack(pairs: list[tuple], device: torch.device, *, score_prompts: bool = Fals
     return Batch(**tensors, owners=len(labels), **counts)
 
 
-CHUNK = 2**26  # logits in memory at a time: 256 MiB in float32, of which the backward pass needs a few
+# What goes through the head at a time, of which the backward pass needs a few: tokens, and logits at most.
+CHUNK_TOKENS, CHUNK_LOGITS = 1024, 2**26
 
 
 class Scores(NamedTuple):
@@ -677,7 +678,7 @@ def score(model, batch: Batch, *, collisions: bool = False) -> Scores:
     def chunk_logps(hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor | None]:
         return label_logps(model.get_output_embeddings()(hidden), labels, collisions)
 
-    size = max(1, CHUNK // model.config.get_text_config().vocab_size)
+    size = max(1, min(CHUNK_TOKENS, CHUNK_LOGITS // model.config.get_text_config().vocab_size))
     chunks = zip(hidden.split(size), batch.labels.split(size), strict=True)
     options = {"use_reentrant": False, "preserve_rng_state": False}
     parts = [checkpoint(chunk_logps, *chunk, **options) for chunk in chunks]

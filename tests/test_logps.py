@@ -76,7 +76,7 @@ def test_chunk_size_changes_nothing(size, monkeypatch):
     enable_packing(model)
     want = score(model, batch).token_logps
     want_gradient = gradient(model, want)
-    monkeypatch.setattr(common, "CHUNK", size * model.config.vocab_size)
+    monkeypatch.setattr(common, "CHUNK_LOGITS", size * model.config.vocab_size)
     got = score(model, batch).token_logps
     torch.testing.assert_close(got, want, rtol=0, atol=1e-12)
     torch.testing.assert_close(gradient(model, got), want_gradient, rtol=0, atol=1e-11)

@@ -91,7 +91,7 @@ def activations(config, pairs: int, lengths: tuple, dtype: torch.dtype) -> tuple
 
 def head(width: int) -> int:
     """Bytes of a chunk of logits in the backward pass: as computed, in float32, and the gradients of both."""
-    return common.CHUNK * (2 * width + 2 * 4)
+    return common.CHUNK_LOGITS * (2 * width + 2 * 4)
 
 
 def table(pairs: int) -> None:
@@ -132,7 +132,7 @@ def check() -> None:
         layer, outside, _ = activations(config, 4, (128, completion, completion), torch.float32)
         with torch.device("meta"):
             weights = sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
-        logits = min(common.CHUNK, 8 * completion * vocabulary)
+        logits = min(common.CHUNK_LOGITS, common.CHUNK_TOKENS * vocabulary, 8 * completion * vocabulary)
         paper = config.num_hidden_layers * layer + outside + logits * 3 * 4 + 12 * weights
         print(f"| {vocabulary} | {completion} | {paper / GIB:.2f} | {gib:.2f} |")
 
