@@ -13,7 +13,9 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -31,25 +33,29 @@ FLAGS = {
 SHORT = "--max_steps 4 --batch_size 8 --eval_prompts 4 --max_new_tokens 8 --eval_steps 2 --save_steps 1"
 
 
+def arguments(script: str, output_dir: Path, *flags: str) -> list[str]:
+    flags = last_wins([*SHORT.split(), *FLAGS[script].split(), *flags])
+    return [str(ROOT / script), "--output_dir", str(output_dir), *flags]
+
+
 def start(script: str, output_dir: Path, *flags: str, processes=1, fault=None, launch=(), output=None, **env):
     torchrun = ["-m", "torch.distributed.run", *(launch or ["--standalone"]), f"--nproc_per_node={processes}"]
-    flags = last_wins([*SHORT.split(), *FLAGS[script].split(), *flags])
+    command = [sys.executable, *(torchrun if processes > 1 or launch else [])]
     return subprocess.Popen(
-        [
-            sys.executable,
-            *(torchrun if processes > 1 or launch else []),
-            str(ROOT / "tests" / "faulty.py"),
-            str(ROOT / script),
-            "--output_dir",
-            str(output_dir),
-            *flags,
-        ],
+        [*command, str(ROOT / "tests" / "faulty.py"), *arguments(script, output_dir, *flags)],
         stdout=output or subprocess.PIPE,
         stderr=output or subprocess.PIPE,
         text=True,
         env=environment() | env | ({"FAULT": json.dumps(fault)} if fault else {}),
         start_new_session=True,
     )
+
+
+@cache
+def server() -> subprocess.Popen:
+    """Where runs of one process are started: there, everything is imported already."""
+    command, pipe = [sys.executable, str(ROOT / "tests" / "faulty.py")], subprocess.PIPE
+    return subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=environment())
 
 
 def finish(process: subprocess.Popen) -> tuple[int, str]:
@@ -64,8 +70,16 @@ def finish(process: subprocess.Popen) -> tuple[int, str]:
     return process.returncode, said
 
 
-def run(*args, **options) -> tuple[int, str]:
-    return finish(start(*args, **options))
+def run(*args, processes=1, fault=None, launch=(), **env) -> tuple[int, str]:
+    """Exit status and output of a run."""
+    if processes > 1 or launch:
+        return finish(start(*args, processes=processes, fault=fault, launch=launch, **env))
+    env |= {"FAULT": json.dumps(fault or {})}
+    with tempfile.NamedTemporaryFile("r") as output:
+        request = {"argv": arguments(*args), "environment": env, "output": output.name}
+        server().stdin.write(json.dumps(request) + "\n")
+        server().stdin.flush()
+        return int(server().stdout.readline()), output.read()
 
 
 def succeed(*args, **options) -> str:
@@ -121,7 +135,7 @@ def test_hundreds_of_kills(tmp_path):
                 succeed(script, whole, processes=processes, COUNTS=str(counts_file))
                 counts[script, processes] = json.loads(counts_file.read_text())
             history = []
-            for _ in range(6):
+            for _ in range(12 if processes == 1 else 6):
                 places = {place: events for place, events in counts[script, processes].items() if events}
                 where = rng.choice([*places])
                 call = int(rng.random() ** 3 * len(places[where]))  # a run that goes on makes fewer calls
@@ -211,7 +225,7 @@ def test_a_full_disk_costs_no_step_that_was_saved(tmp_path):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
     try:
-        status, said = run("cpo.py", tmp_path / "b")
+        status, said = finish(start("cpo.py", tmp_path / "b"))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert status == 1 and "Traceback" not in said
