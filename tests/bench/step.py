@@ -7,6 +7,7 @@ is dpo, precomputed (DPO, reference log-probabilities known), cpo, simpo, orpo, 
 release with an XPO trainer. The contestants:
 
     ours    our defaults
+    lean    ours with gradient checkpointing
     trl     TRL's defaults: gradient checkpointing, pairs of a micro-batch in random order
     fast    TRL without gradient checkpointing
     best    the same, pairs of similar length together, and on CPUs, too, the head only where it is needed
@@ -74,8 +75,8 @@ class Contestant:
     def __init__(self, name: str, method: str, folder: str, pairs: list[dict], size: int):
         self.pairs, self.size = pairs, size
         self.wins = {id(pair): i % 2 == 0 for i, pair in enumerate(pairs)}  # for XPO, whatever the order
-        if name == "ours":
-            self.begin_ours(method, folder)
+        if name in ("ours", "lean"):
+            self.begin_ours(method, folder, name == "lean")
             return
         self.checkpointing = name == "trl"
         if name == "best":
@@ -99,7 +100,7 @@ class Contestant:
         self.optimizer.zero_grad()
         return total.item(), norm.item()
 
-    def begin_ours(self, method: str, folder: str) -> None:
+    def begin_ours(self, method: str, folder: str, checkpointing: bool) -> None:
         script = {"cpo": cpo, "simpo": cpo, "orpo": orpo, "xpo": xpo, "generation": xpo}.get(method, dpo)
         options = {"loss_type": "simpo"} if method == "simpo" else {}
         options |= {"judge": f"{__file__}:main"} if script is xpo else {}
@@ -111,6 +112,7 @@ class Contestant:
             per_device_train_batch_size=self.size,
             per_device_eval_batch_size=len(self.pairs),
             max_new_tokens=NEW_TOKENS,
+            gradient_checkpointing=checkpointing,
             **options,
         )
         script.check(args)
@@ -283,7 +285,7 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=4, help="pairs of a micro-batch")
     parser.add_argument("--steps", type=int, default=10, help="timed ones; two more come before")
     parser.add_argument("--names", nargs="*", default=["ours", "trl", "fast", "best"])
-    parser.add_argument("--memory", choices=["ours", "trl", "fast", "best"])
+    parser.add_argument("--memory", choices=["ours", "lean", "trl", "fast", "best"])
     parser.add_argument("--json", action="store_true", help="print results as one line of JSON")
     args = parser.parse_args()
     transformers.utils.logging.set_verbosity_error()

@@ -29,7 +29,7 @@ TITLES = {
     "xpo": "XPO, training",
     "generation": "XPO, generation",
 }
-NAMES = ("ours", "trl", "fast", "best")
+NAMES = ("ours", "lean", "trl", "fast", "best")
 
 
 def step(*flags, python: str = sys.executable, processes: int = 1, threads: int | None = None) -> dict:
@@ -96,21 +96,21 @@ def against_trl(args) -> None:
             results.get(key, lambda flags=flags, python=python: step(*flags, python=python))
     print(
         "\n| method | lengths | pairs/s | tokens/s | TRL takes, times: default | no checkpointing | best "
-        "| memory, GiB | TRL's: default | no checkpointing | best |\n|" + "---|" * 11
+        "| memory, GiB | with checkpointing | TRL's: default | no checkpointing | best |\n|" + "---|" * 12
     )
     for key, row in results.content.items():
         if "memory" in key:
             continue
         method, lengths = key.split()
         cells = [f"{row['ours']['pairs_per_second']:.2f}", f"{row['ours']['tokens_per_second']:.0f}"]
-        for name in NAMES[1:]:
+        for name in NAMES[2:]:
             low, high = row[name]["quartiles"]
             cells.append(f"**{row[name]['times_as_long']:.2f}** ({low:.2f}–{high:.2f})")
         memory = [results.content.get(f"{key} memory {name}", {}).get("gib") for name in NAMES]
         if memory[0]:
-            cells += [f"{memory[0]:.2f}", *(f"{gib:.2f} ({gib / memory[0]:.1f}×)" for gib in memory[1:])]
+            cells += [f"{gib:.2f}" for gib in memory]
         else:
-            cells += [""] * 4
+            cells += [""] * 5
         print(f"| {TITLES[method]} | {lengths} | " + " | ".join(cells) + " |")
 
 
