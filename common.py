@@ -254,7 +254,7 @@ def load_model(path: str, args: Arguments, device: torch.device, *, trainable: b
     dropout = {name: value for name, value in config.items() if "drop" in name and isinstance(value, float)}
     options = {"dtype": getattr(torch, args.dtype)} | dict.fromkeys(dropout, 0.0)
     model = from_pretrained(AutoModelForCausalLM, path, args, **options)
-    model.dropout = dropout  # to save it as it was
+    model.dropout_before = dropout  # what to save
     model.train(trainable).requires_grad_(trainable)
     enable_packing(model)
     if trainable and args.gradient_checkpointing:
@@ -1151,7 +1151,7 @@ def save_model(args: Arguments, policy, tokenizer) -> None:
     weights = dsd.get_model_state_dict(policy, options=whole)
     if dist.get_rank() == 0:
         weights = {name: w for name, w in weights.items() if name not in policy.all_tied_weights_keys}
-        policy.config.update(policy.dropout)
+        policy.config.update(policy.dropout_before)
         policy.save_pretrained(args.output_dir, state_dict=weights)
         tokenizer.save_pretrained(args.output_dir)
         if args.push_to_hub:

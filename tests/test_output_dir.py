@@ -46,10 +46,12 @@ def test_what_is_saved_loads_with_the_same_logits(tmp_path, kind):
     assert json.loads((tmp_path / "after" / "run.json").read_text())["finished"]
 
 
-def test_dropout_is_off(tmp_path):
-    policy, *_ = saved(tmp_path, "gpt2", attn_pdrop=0.5, resid_pdrop=0.5, embd_pdrop=0.5)
+def test_dropout_is_off_in_training_and_as_it_was_in_what_is_saved(tmp_path):
+    policy, tokenizer, args = saved(tmp_path, "gpt2", attn_pdrop=0.5, resid_pdrop=0.5, embd_pdrop=0.5)
     ids = torch.tensor([[5, 6, 7, 8]])
     assert policy.training and torch.equal(policy(ids).logits, policy(ids).logits)
+    common.save_model(args, policy, tokenizer)
+    assert json.loads((tmp_path / "after" / "config.json").read_text())["attn_pdrop"] == 0.5
 
 
 def test_upload(tmp_path, monkeypatch):
