@@ -263,7 +263,7 @@ def load_model(path: str, args: Arguments, device: torch.device, *, trainable: b
         for parameter in model.parameters():
             parameter.data = parameter.data.to(torch.bfloat16)
 
-    # The policy's embedding and head stay gathered until its backward pass is done; the reference has none.
+    # The policy's embedding and head stay gathered until its backward pass; a reference has no such pass.
     model = shard(model, args, device, reshard_after_forward=not trainable)
     model.score = MethodType(score, model)
     register_fsdp_forward_method(model, "score")
@@ -271,7 +271,7 @@ def load_model(path: str, args: Arguments, device: torch.device, *, trainable: b
 
 
 def shard(model, args: Arguments, device: torch.device, *, reshard_after_forward: bool):
-    """Spread a model over all processes: a decoder layer is gathered while it computes, the rest for all."""
+    """Spread a model over all processes. A layer is gathered while it computes, the rest for a whole pass."""
     mesh = dist.init_device_mesh(device.type, (dist.get_world_size(),))
     precision = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if args.bf16 else MixedPrecisionPolicy()
     for layer in [m for m in model.modules() if type(m).__name__ in (model._no_split_modules or ())]:
@@ -481,7 +481,8 @@ def shared_length(a: list, b: list) -> int:
 def encode(tokenizer, prompt: str | list[dict], completion: str | list[dict] | None = None) -> list[int]:
     """Token ids of a prompt that waits for its completion, or of prompt, completion and end.
 
-    Of conversations, what the chat template makes. Of texts, EOS once, and BOS once if the tokenizer adds it.
+    Of conversations, what the chat template makes. Of texts: one BOS, if the tokenizer adds it or the text has
+    it; one EOS after a completion; and a prompt keeps the EOS that it has.
     """
     if isinstance(prompt, list):
         if completion and prompt[-1]["role"] == completion[0]["role"] == "assistant":  # one turn
@@ -1150,6 +1151,7 @@ def save_model(args: Arguments, policy, tokenizer) -> None:
     whole = dsd.StateDictOptions(full_state_dict=True, cpu_offload=True)
     weights = dsd.get_model_state_dict(policy, options=whole)
     if dist.get_rank() == 0:
+        # Tied weights are saved under one name.
         weights = {name: w for name, w in weights.items() if name not in policy.all_tied_weights_keys}
         policy.config.update(policy.dropout_before)
         policy.save_pretrained(args.output_dir, state_dict=weights)

@@ -266,9 +266,9 @@ def loss_and_metrics(policy, reference, batch: Batch, wins: Tensor, args: Argume
     scores = policy.score(batch)
     logps = batch.sum(scores.token_logps)  # (B, 2); XPO sums over tokens
     averages = args.loss_type == "ipo"  # IPO averages; the bonus is a sum nonetheless
-    length = batch.lengths if averages else torch.ones_like(batch.lengths)
-    values, ref_values = (logps / length).unbind(1), (ref_logps / length).unbind(1)
-    options = {"beta": beta, "alpha": alpha * length[:, 1], "loss_type": args.loss_type}
+    divisor = batch.lengths if averages else torch.ones_like(batch.lengths)  # (B, 2)
+    values, ref_values = (logps / divisor).unbind(1), (ref_logps / divisor).unbind(1)
+    options = {"beta": beta, "alpha": alpha * divisor[:, 1], "loss_type": args.loss_type}
     losses = xpo_loss(*values, *ref_values, wins, **options)
     loss = losses.sum() / batch.step_pairs
 
