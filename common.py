@@ -481,8 +481,8 @@ def shared_length(a: list, b: list) -> int:
 def encode(tokenizer, prompt: str | list[dict], completion: str | list[dict] | None = None) -> list[int]:
     """Token ids of a prompt that waits for its completion, or of prompt, completion and end.
 
-    Of conversations, what the chat template makes. Of texts: one BOS, if the tokenizer adds it or the text has
-    it; one EOS after a completion; and a prompt keeps the EOS that it has.
+    Of conversations, what the chat template makes. Of texts: one BOS, if the tokenizer adds it or the text
+    has it; one EOS after a completion; and a prompt keeps the EOS that it has.
     """
     if isinstance(prompt, list):
         if completion and prompt[-1]["role"] == completion[0]["role"] == "assistant":  # one turn
