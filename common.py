@@ -1056,15 +1056,20 @@ def changes_since(args: Arguments) -> list[str]:
     return [f"{name} {old.get(name)} (now {new[name]})" for name in differ]
 
 
+LOCKED = set()  # directories: a notebook may start a run again in the same process
+
+
 def lock(output_dir: str) -> bool:
     """Whether no other process has the lock of output_dir. It ends with the process, however that ends."""
     Path(output_dir).mkdir(parents=True, exist_ok=True)
     try:
-        fcntl.flock(os.open(output_dir, os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if output_dir not in LOCKED:
+            fcntl.flock(os.open(output_dir, os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     except OSError:
         pass  # a file system without locks
+    LOCKED.add(output_dir)
     return True
 
 
