@@ -80,7 +80,7 @@ def cpu_name() -> str:
 
 def against_trl(args) -> None:
     results = Results("trl")
-    methods = [method for method in TITLES if args.xpo or method not in ("xpo", "generation")]
+    methods = [method for method in args.methods if args.xpo or method not in ("xpo", "generation")]
     for lengths, method in product(args.lengths, methods):
         if method == "generation" and lengths != "chat":
             continue
@@ -220,6 +220,7 @@ if __name__ == "__main__":
     parser.add_argument("--steps", type=int, default=10)
     lengths = ("chat", "summary", "story")
     parser.add_argument("--lengths", nargs="*", choices=lengths, default=lengths, help="of the first table")
+    parser.add_argument("--methods", nargs="*", choices=TITLES, default=[*TITLES], help="of the first table")
     parser.add_argument("--xpo", help="the Python of an environment with TRL 1.13")
     args = parser.parse_args()
     tables[args.table](args)
