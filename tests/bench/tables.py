@@ -193,6 +193,7 @@ def figures(args) -> None:
         ratios = [content[f"{m} chat"][name]["times_as_long"] for m in methods]
         left.bar([x + 0.4 * i for x in range(len(methods))], ratios, 0.38, label=label)
     left.axhline(1, color="black", linewidth=1)
+    left.set_ylim(0, 3)
     left.set_xticks([x + 0.2 for x in range(len(methods))], [TITLES[m].replace(", ", ",\n") for m in methods])
     left.tick_params(axis="x", labelsize=8)
     left.set_ylabel("time of a step, ours = 1")
