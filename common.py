@@ -1109,6 +1109,8 @@ def save_checkpoint(args: Arguments, policy, optimizer, step: int, extra: dict[s
     except (OSError, CheckpointException) as error:
         causes = error.failures.values() if isinstance(error, CheckpointException) else [(error,)]
         reason = first_line(next(iter(causes))[0])
+        free = shutil.disk_usage(args.output_dir).free // 2**20
+        reason += f" ({free} MiB are free)"
         fail(f"cannot save a checkpoint after step {step}: {reason}; earlier ones are intact")
 
 
