@@ -110,6 +110,7 @@ def run(argv: list[str], environment: dict[str, str], output: str) -> None:
 
 
 def main() -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background jobs ignore
     del sys.argv[0]
     script = importlib.import_module(Path(sys.argv[0]).stem)
     fault, counts = json.loads(os.environ.get("FAULT", "{}")), {}
