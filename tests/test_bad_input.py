@@ -94,6 +94,7 @@ WRONG = [  # script, flags, what is said
     ("dpo.py", "--output_dir {dir}/judge.py/out", "cannot write to --output_dir"),
     ("dpo.py", "--model_name_or_path {dir}/nowhere --dataset_name {data}", "cannot load {dir}/nowhere"),
     ("orpo.py", "--model_name_or_path {dir}/pickled --dataset_name {data}", "safetensors"),
+    ("dpo.py", "--model_name_or_path {dir}/custom --dataset_name {data}", "cannot load {dir}/custom"),
     ("cpo.py", "--model_name_or_path {dir}/t5 --dataset_name {data}", "is of type t5, not a language model"),
     ("dpo.py", "--model_name_or_path {dir}/clip --dataset_name {data}", "is of type clip, not a language"),
     ("dpo.py", "--model_name_or_path {dir}/no_eos --dataset_name {data}", "has no EOS token"),
@@ -168,6 +169,15 @@ def wrong(tmp_path_factory) -> Path:
         model.save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
     (folder / "pickled" / "model.safetensors").rename(folder / "pickled" / "pytorch_model.bin")
+    tokenizer.save_pretrained(folder / "custom")
+    (folder / "custom" / "code.py").write_text(
+        "from pathlib import Path; Path('ran').touch(); class Config: pass"
+    )
+    custom = {
+        "model_type": "custom",
+        "auto_map": {"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.M"},
+    }
+    (folder / "custom" / "config.json").write_text(json.dumps(custom))
     odd = AutoTokenizer.from_pretrained(TOY_MODEL)
     odd.eos_token = None
     odd.save_pretrained(folder / "no_eos")

@@ -451,6 +451,7 @@ rows = st.tuples(contents, contents, contents) | st.tuples(dialogues, contents, 
 
 @settings(max_examples=15, deadline=None, derandomize=True, database=None)
 @given(st.lists(rows, min_size=1, max_size=6), st.booleans())
+@example([(["a"] * 3001, "b", "c"), ("x" * 10**6, "b", "c")], True)  # thousands of turns, a huge prompt
 def test_whatever_the_data_are_rows_are_kept_whole_or_dropped_and_counted(tmp_path_factory, found, chat):
     def say(text) -> list[dict]:
         roles = ["user", "assistant"] * (len(text) // 2 + 1)

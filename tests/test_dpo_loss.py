@@ -398,3 +398,15 @@ REJECTED = [
 def test_rejects(options, message):
     with pytest.raises(ValueError, match=message):
         dpo_loss(*(torch.tensor([t]) for t in (-10.0, -14.0, -11.0, -12.0)), **options)
+
+
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+def test_bfloat16_stays_finite(loss_type):
+    """Where somebody else's log-probabilities have few digits; those of the scripts are float32 at least."""
+    values = torch.tensor([0.0, -1e-3, -1.0, -300.0, -1e4, -3e4], dtype=torch.bfloat16)
+    chosen, rejected = (t.flatten().requires_grad_() for t in torch.meshgrid(values, values, indexing="ij"))
+    eps = 1e-3 if loss_type == "exo_pair" else 0.0
+    reference = torch.full_like(chosen, -500.0)
+    losses = dpo_loss(chosen, rejected, reference, reference, loss_type=loss_type, label_smoothing=eps)
+    for found in (losses, *torch.autograd.grad(losses.sum(), (chosen, rejected), materialize_grads=True)):
+        assert found.isfinite().all() and found.dtype == torch.bfloat16

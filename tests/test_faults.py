@@ -262,6 +262,9 @@ def test_a_disk_that_is_really_full(tmp_path):
         subprocess.run(["mount", "-o", "remount,size=99m", disk], check=True)
         assert "going on after step" in succeed("cpo.py", disk / "b", "--save_total_limit", "9")
         assert_same_run(tmp_path / "a", disk / "b")
+        subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
+        status, said = run("cpo.py", disk / "c")
+        assert status == 1 and "cannot write to --output_dir" in said and "Traceback" not in said
     finally:
         subprocess.run(["umount", disk], check=True)
 

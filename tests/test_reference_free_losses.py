@@ -1,6 +1,7 @@
 """The losses of cpo.py, alphapo.py and orpo.py: worked examples, exact values at the extremes, identities."""
 
 import math
+from functools import partial
 from math import exp, log
 
 import pytest
@@ -252,3 +253,20 @@ def test_what_is_not_defined_is_refused(options):
         cpo_loss(*double(-1, -2), **options)
     with pytest.raises(ValueError):
         alphapo_loss(*double(-1, -2), beta=0)
+
+
+BFLOAT16 = {
+    **{f"cpo {name}": partial(cpo_loss, loss_type=name) for name in ("sigmoid", "hinge", "ipo", "simpo")},
+    "alphapo": alphapo_loss,
+    "orpo": lambda chosen, rejected: orpo_loss(chosen / 1000, rejected / 1000),  # of means over tokens
+}
+
+
+@pytest.mark.parametrize("name", BFLOAT16)
+def test_bfloat16_stays_finite(name):
+    scale = 1000 if name == "alphapo" else 1  # of means, too
+    values = torch.tensor([-1e-3, -1.0, -300.0, -1e4, -3e4], dtype=torch.bfloat16) / scale
+    chosen, rejected = (t.flatten().requires_grad_() for t in torch.meshgrid(values, values, indexing="ij"))
+    losses = BFLOAT16[name](chosen, rejected)
+    for found in (losses, *torch.autograd.grad(losses.sum(), (chosen, rejected))):
+        assert found.isfinite().all() and found.dtype == torch.bfloat16

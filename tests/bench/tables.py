@@ -29,6 +29,7 @@ TITLES = {
     "xpo": "XPO, training",
     "generation": "XPO, generation",
 }
+LENGTHS = ("chat", "summary", "story")
 NAMES = ("ours", "lean", "trl", "fast", "best")
 
 
@@ -95,22 +96,19 @@ def against_trl(args) -> None:
             key = f"{method} {lengths} memory {name}"
             results.get(key, lambda flags=flags, python=python: step(*flags, python=python))
     print(
-        "\n| method | lengths | pairs/s | tokens/s | TRL takes, times: default | no checkpointing | best "
-        "| memory, GiB | with checkpointing | TRL's: default | no checkpointing | best |\n|" + "---|" * 12
+        "| method | lengths | ours, pairs/s | TRL takes: defaults | no checkpointing | best | ours, GiB "
+        "| checkpointing | TRL: defaults | no checkpointing | best |\n|" + "---|" * 11
     )
-    for key, row in results.content.items():
-        if "memory" in key:
+    for lengths, method in product(LENGTHS, TITLES):
+        row, key = results.content.get(f"{method} {lengths}"), f"{method} {lengths} memory"
+        if not row:
             continue
-        method, lengths = key.split()
-        cells = [f"{row['ours']['pairs_per_second']:.2f}", f"{row['ours']['tokens_per_second']:.0f}"]
+        cells = [f"{row['ours']['pairs_per_second']:.2f}"]
         for name in NAMES[2:]:
             low, high = row[name]["quartiles"]
-            cells.append(f"**{row[name]['times_as_long']:.2f}** ({low:.2f}–{high:.2f})")
-        memory = [results.content.get(f"{key} memory {name}", {}).get("gib") for name in NAMES]
-        if memory[0]:
-            cells += [f"{gib:.2f}" for gib in memory]
-        else:
-            cells += [""] * 5
+            cells.append(f"{row[name]['times_as_long']:.2f} ({low:.2f}–{high:.2f})")
+        memory = [results.content.get(f"{key} {name}") for name in NAMES]
+        cells += [f"{found['gib']:.2f}" if found else "" for found in memory]
         print(f"| {TITLES[method]} | {lengths} | " + " | ".join(cells) + " |")
 
 
@@ -118,18 +116,17 @@ def growth(args) -> None:
     results = Results("growth")
     axes = {"completion": (128, 256, 512, 1024, 2048, 4096), "vocabulary": (1024, 8192, 32768, 131072)}
     flags = {"completion": "--lengths", "vocabulary": "--vocabulary"}
-    for axis, values in axes.items():
-        print(f"\n| {axis} | pairs/s | TRL's | memory, GiB | TRL's |\n|---|---|---|---|---|")
-        for value in values:
-            common = ("dpo", flags[axis], value, "--pairs", 2, "--size", 2)
-            timed = (*common, "--steps", 3, "--names", "ours", "best")
-            speed = results.get(f"{axis} {value}", lambda timed=timed: step(*timed))
-            gib = [
-                results.get(f"{axis} {value} memory {name}", lambda c=common, n=name: step(*c, "--memory", n))
-                for name in ("ours", "best")
-            ]
-            speeds = [f"{speed[name]['pairs_per_second']:.2f}" for name in ("ours", "best")]
-            print(f"| {value} | " + " | ".join([*speeds, *(f"{g['gib']:.2f}" for g in gib)]) + " |")
+    print("| DPO, 2 pairs | ours, pairs/s | TRL's best | ours, GiB | TRL's best |\n|---|---|---|---|---|")
+    for axis, value in [(axis, value) for axis, values in axes.items() for value in values]:
+        common, names = ("dpo", flags[axis], value, "--pairs", 2, "--size", 2), ("ours", "best")
+        timed = (*common, "--steps", 3, "--names", *names)
+        speed = results.get(f"{axis} {value}", lambda timed=timed: step(*timed))
+        cells = [f"{speed[name]['pairs_per_second']:.2f}" for name in names]
+        for name in names:
+            measured = (*common, "--memory", name)
+            found = results.get(f"{axis} {value} memory {name}", lambda measured=measured: step(*measured))
+            cells.append(f"{found['gib']:.2f}")
+        print(f"| {axis} {value:,} | " + " | ".join(cells) + " |")
     print("\n| processes | threads of each | pairs/s |\n|---|---|---|")
     for processes, threads in ((1, 1), (1, 2), (2, 1)):
         flags = ("dpo", "--names", "ours", "--steps", args.steps)
@@ -219,8 +216,7 @@ if __name__ == "__main__":
     tables = {"trl": against_trl, "growth": growth, "startup": startup, "figures": figures}
     parser.add_argument("table", choices=tables)
     parser.add_argument("--steps", type=int, default=10)
-    lengths = ("chat", "summary", "story")
-    parser.add_argument("--lengths", nargs="*", choices=lengths, default=lengths, help="of the first table")
+    parser.add_argument("--lengths", nargs="*", choices=LENGTHS, default=LENGTHS, help="of the first table")
     parser.add_argument("--methods", nargs="*", choices=TITLES, default=[*TITLES], help="of the first table")
     parser.add_argument("--xpo", help="the Python of an environment with TRL 1.13")
     args = parser.parse_args()
