@@ -4,7 +4,8 @@ Weights, gradients and AdamW's two moments are float32, sharded; their sizes are
 shards of the model on the meta device in a process group that only pretends to have so many processes. The
 reference is bfloat16, sharded. While a layer computes, its weights and the next one's are whole, in bfloat16,
 and so are those of embedding and head; a layer's gradient is whole once in bfloat16 and once in float32. The
-activations that a backward pass needs are counted on a real forward pass of one and of two layers.
+activations that a backward pass needs are counted on a real forward pass of one and of two layers; their
+gradients, of one layer at a time, are taken to be as large.
 """
 
 import argparse
@@ -104,8 +105,8 @@ def table(pairs: int) -> None:
         found = activations(config, 1, LENGTHS, torch.bfloat16)  # all proportional to the tokens
         layer_saved, outside_saved, layer_input = (pairs * size for size in found)
         layers = config.num_hidden_layers
-        full = layers * layer_saved + outside_saved + head(2)
-        checkpointed = layers * layer_input + layer_saved + outside_saved + head(2)
+        full = (layers + 1) * layer_saved + outside_saved + head(2)
+        checkpointed = layers * layer_input + 2 * layer_saved + outside_saved + head(2)
         for gpus in (1, 8, 64, 512):
             local, layer, outside = shard_sizes(config, gpus)
             state, reference = 16 * local, 2 * local
@@ -133,7 +134,7 @@ def check() -> None:
         with torch.device("meta"):
             weights = sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
         logits = min(common.CHUNK_LOGITS, common.CHUNK_TOKENS * vocabulary, 8 * completion * vocabulary)
-        paper = config.num_hidden_layers * layer + outside + logits * 3 * 4 + 12 * weights
+        paper = (config.num_hidden_layers + 1) * layer + outside + logits * 3 * 4 + 12 * weights
         print(f"| {vocabulary} | {completion} | {paper / GIB:.2f} | {gib:.2f} |")
 
 

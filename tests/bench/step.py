@@ -12,7 +12,8 @@ release with an XPO trainer. The contestants:
     fast    TRL without gradient checkpointing
     best    the same, pairs of similar length together, and on CPUs, too, the head only where it is needed
 
---memory NAME prints the peak memory of three steps of the one, less what was there before the first.
+--memory NAME prints the peak memory of three steps of the one, less what was there before the first;
+--profile NAME, on a CPU, what the time of a step goes into.
 """
 
 import argparse
@@ -285,7 +286,9 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=4, help="pairs of a micro-batch")
     parser.add_argument("--steps", type=int, default=10, help="timed ones; two more come before")
     parser.add_argument("--names", nargs="*", default=["ours", "trl", "fast", "best"])
-    parser.add_argument("--memory", choices=["ours", "lean", "trl", "fast", "best"])
+    everybody = ["ours", "lean", "trl", "fast", "best"]
+    parser.add_argument("--memory", choices=everybody)
+    parser.add_argument("--profile", choices=everybody)
     parser.add_argument("--json", action="store_true", help="print results as one line of JSON")
     args = parser.parse_args()
     transformers.utils.logging.set_verbosity_error()
@@ -305,6 +308,11 @@ def main() -> None:
             contestant = Contestant(args.memory, args.method, folder, pairs, args.size)
             gib = peak_memory(contestant)
             print(json.dumps({"gib": gib}) if args.json else f"{args.memory}: {gib:.2f} GiB")
+            return
+        if args.profile:
+            contestant = Contestant(args.profile, args.method, folder, pairs, args.size)
+            seconds = profile(contestant, config["vocab_size"])
+            print(json.dumps(seconds) if args.json else seconds)
             return
         contestants = {name: Contestant(name, args.method, folder, pairs, args.size) for name in args.names}
         times = {name: [] for name in contestants}
@@ -353,6 +361,30 @@ def peak_memory(contestant: Contestant) -> float:
     for _ in range(3):
         contestant.step()
     return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**20
+
+
+def profile(contestant: Contestant, vocabulary: int, steps: int = 5) -> dict[str, float]:
+    """Seconds of a step by kind of operation, and all of them, `step`, which Python's own are a part of."""
+    contestant.step()
+    with torch.profiler.profile(record_shapes=True) as profiler:
+        start = time.perf_counter()
+        for _ in range(steps):
+            contestant.step()
+        seconds = {"step": (time.perf_counter() - start) / steps}
+    for event in profiler.key_averages(group_by_input_shape=True):
+        # What has an axis as long as the vocabulary belongs to the head, or to its softmax.
+        of_head = any(vocabulary in shape for shape in event.input_shapes if isinstance(shape, list))
+        product = event.key in ("aten::mm", "aten::addmm", "aten::bmm")
+        if "adam" in event.key or "foreach" in event.key:
+            kind = "optimizer"
+        elif "scaled_dot_product" in event.key or event.key == "aten::bmm":
+            kind = "attention"
+        elif product:
+            kind = "head" if of_head else "layers"
+        else:
+            kind = "softmax over the vocabulary" if of_head else "the rest"
+        seconds[kind] = seconds.get(kind, 0.0) + event.self_cpu_time_total / 1e6 / steps
+    return seconds
 
 
 if __name__ == "__main__":

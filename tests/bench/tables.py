@@ -1,6 +1,7 @@
 """The README's tables of time and memory, each by one command; results go to a .json beside this file.
 
     python tests/bench/tables.py trl [--xpo PYTHON]    against TRL 1.16; XPO: one with TRL 1.13
+    python tests/bench/tables.py where                 what the time of a step goes into, ours and TRL's
     python tests/bench/tables.py growth                with completion length, vocabulary, processes
     python tests/bench/tables.py startup               with the number of pairs in the dataset
     python tests/bench/tables.py figures               bars of the first table, curves of the second
@@ -30,6 +31,8 @@ TITLES = {
     "generation": "XPO, generation",
 }
 LENGTHS = ("chat", "summary", "story")
+WHERE = ("dpo", "cpo")
+KINDS = ("layers", "attention", "head", "softmax over the vocabulary", "optimizer", "the rest")
 NAMES = ("ours", "lean", "trl", "fast", "best")
 
 
@@ -110,6 +113,21 @@ def against_trl(args) -> None:
         memory = [results.content.get(f"{key} {name}") for name in NAMES]
         cells += [f"{found['gib']:.2f}" if found else "" for found in memory]
         print(f"| {TITLES[method]} | {lengths} | " + " | ".join(cells) + " |")
+
+
+def where(args) -> None:
+    results = Results("where")
+    cases = list(product(WHERE, LENGTHS[:2], ("ours", "best")))
+    columns = []
+    for method, lengths, name in cases:
+        flags = (method, "--lengths", lengths, "--profile", name)
+        found = results.get(f"{method} {lengths} {name}", lambda flags=flags: step(*flags))
+        columns.append([found.get(kind, 0.0) for kind in KINDS])
+        columns[-1] += [found["step"] - sum(columns[-1]), found["step"]]
+    heads = [f"{TITLES[m]}, {lengths}: {'ours' if name == 'ours' else 'TRL'}" for m, lengths, name in cases]
+    print("| seconds of a step | " + " | ".join(heads) + " |\n|" + "---|" * (1 + len(heads)))
+    for kind, *row in zip([*KINDS, "outside of operations", "in all"], *columns, strict=True):
+        print(f"| {kind} | " + " | ".join(f"{seconds:.2f}" for seconds in row) + " |")
 
 
 def growth(args) -> None:
@@ -213,7 +231,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    tables = {"trl": against_trl, "growth": growth, "startup": startup, "figures": figures}
+    tables = {"trl": against_trl, "where": where, "growth": growth, "startup": startup, "figures": figures}
     parser.add_argument("table", choices=tables)
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--lengths", nargs="*", choices=LENGTHS, default=LENGTHS, help="of the first table")
