@@ -1,6 +1,6 @@
 """What the scripts share: arguments, processes, models, data, log-probabilities, sampling, log, checkpoints.
 
-What decides the gradient is not here but in the scripts: losses, how log-probabilities are reduced, the step.
+The scripts themselves have the losses, how log-probabilities are reduced to them, and the training loop.
 """
 
 import difflib
@@ -66,7 +66,9 @@ class Arguments:
     model_name_or_path: str | None = arg(None, "the policy: a Hub name or a directory [the built-in example]")
     model_revision: str = arg("main", "branch, tag or commit of the model on the Hub")
     trust_remote_code: bool = arg(False, "run the model's code, and load weights not in safetensors")
-    dtype: Literal["float32", "bfloat16", "float64"] = arg("float32", "of the weights that AdamW updates")
+    dtype: Literal["float32", "bfloat16", "float64"] = arg(
+        "float32", "of the weights that AdamW updates; bfloat16 rounds small updates away"
+    )
     dataset_name: str | None = arg(None, "a Hub name, a directory, or a json, jsonl, csv or parquet file")
     dataset_config: str | None = arg(None, "configuration of the dataset")
     dataset_train_split: str = arg("train", "split to train on")
@@ -176,6 +178,7 @@ def start(args: Arguments) -> tuple[int, int, torch.device]:
     alone = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
     # Others wait while the first process tokenizes: for longer than the default of some minutes.
     timeout = timedelta(hours=2)
+    # Tensors on GPUs go by nccl, Python objects by gloo.
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, timeout=timeout, **alone)
     transformers.utils.logging.disable_progress_bar()
@@ -273,7 +276,9 @@ def load_model(path: str, args: Arguments, device: torch.device, *, trainable: b
 def shard(model, args: Arguments, device: torch.device, *, reshard_after_forward: bool):
     """Spread a model over all processes. A layer is gathered while it computes, the rest for a whole pass."""
     mesh = dist.init_device_mesh(device.type, (dist.get_world_size(),))
-    precision = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if args.bf16 else MixedPrecisionPolicy()
+    # What a layer gets keeps its dtype, as it does in generate(), when FSDP's hooks are out (`gathered`).
+    options = {"param_dtype": torch.bfloat16, "reduce_dtype": torch.float32} if args.bf16 else {}
+    precision = MixedPrecisionPolicy(**options, cast_forward_inputs=False)
     for layer in [m for m in model.modules() if type(m).__name__ in (model._no_split_modules or ())]:
         fully_shard(layer, mesh=mesh, mp_policy=precision)
     return fully_shard(model, mesh=mesh, mp_policy=precision, reshard_after_forward=reshard_after_forward)
@@ -502,7 +507,7 @@ def encode(tokenizer, prompt: str | list[dict], completion: str | list[dict] | N
     return [*ids, eos] if ends and eos is not None else ids
 
 
-MARK = "\ue000"  # a character for private use: nobody's text has it
+MARK = "\ue000"  # a character for private use
 
 
 def encode_messages(tokenizer, messages: list[dict], **options) -> list[int]:
@@ -667,7 +672,8 @@ def score(model, batch: Batch, *, collisions: bool = False) -> Scores:
         return plain_score(model, batch, collisions=collisions)
     outputs = model.get_decoder()(
         input_ids=batch.input_ids,
-        attention_mask=torch.ones_like(batch.input_ids),  # None and restarting positions mean a [T, T] mask
+        # Nothing looks at it. Of None, or of two dimensions where there is a window, [T, T] would be made.
+        attention_mask=torch.ones(1, 1, 1, 1, dtype=torch.bool, device=batch.input_ids.device),
         position_ids=batch.position_ids,
         use_cache=False,
         packed_sequences=batch.sequences,
@@ -694,7 +700,7 @@ def plain_score(model, batch: Batch, *, collisions: bool = False) -> Scores:
     mask[:, 0] = True
     row, column = (batch.home[batch.source] // mask.shape[1], batch.home[batch.source] % mask.shape[1])
     needed = torch.zeros_like(mask[0]).index_fill(0, column, True)
-    outputs = model.forward(  # not model(...): that would gather the shards again
+    outputs = model.forward(  # not model(...): FSDP has gathered the shards for `score` already
         input_ids=batch.input_ids[0, batch.sequences],
         attention_mask=mask.long(),
         use_cache=False,
@@ -775,7 +781,7 @@ def enable_packing(model) -> None:
 
 @contextmanager
 def gathered(model, args: Arguments) -> Iterator[bool]:
-    """Full weights on every process while generating, if they fit: one all-gather, not one for each token.
+    """Full weights on every process while generating, if they fit: gathered once, not for every token.
 
     Yields whether they do. If not, all processes must generate the same number of tokens (synced_gpus).
     """
@@ -783,7 +789,7 @@ def gathered(model, args: Arguments) -> Iterator[bool]:
     if model.device.type == "cuda":
         size = sum(p.numel() * (2 if args.bf16 else p.element_size()) for p in model.parameters())
         free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
-        fits *= size < 0.8 * free
+        fits *= size < 0.5 * free  # the rest is for keys and values
     dist.all_reduce(fits, op=dist.ReduceOp.MIN)
     parts = [m for m in model.modules() if isinstance(m, FSDPModule)] if fits else []
     hooks = [(part._forward_pre_hooks, part._forward_hooks) for part in parts]
@@ -800,10 +806,10 @@ def gathered(model, args: Arguments) -> Iterator[bool]:
 
 
 def eos_ids(model, tokenizer) -> list[int]:
-    """The tokens that end a completion, from the checkpoint's generation config or else the tokenizer."""
+    """The tokens that end a completion: the tokenizer's, and those of the checkpoint's generation config."""
     eos = model.generation_config.eos_token_id
-    eos = tokenizer.eos_token_id if eos is None else eos
-    return eos if isinstance(eos, list) else [eos]
+    eos = eos if isinstance(eos, list) else [] if eos is None else [eos]
+    return sorted({*eos, tokenizer.eos_token_id})
 
 
 @torch.no_grad()
@@ -846,7 +852,8 @@ def complete(policy, tokenizer, test: Pairs, args: Arguments, step: int) -> tupl
     seed(args.seed, step, rank)
     greedy = generate(policy, tokenizer, rows["prompt"], args, do_sample=False)
     sampled = generate(policy, tokenizer, rows["prompt"], args, do_sample=True, temperature=1.0, top_k=0)
-    texts = [tokenizer.batch_decode(y, skip_special_tokens=True) for y in (rows["prompt"], greedy, sampled)]
+    prompts = tokenizer.batch_decode(rows["prompt"], skip_special_tokens=True)
+    texts = [prompts, *(decode_answers(tokenizer, rows["prompt"], part) for part in (greedy, sampled))]
     columns = dict(zip(("step", "prompt", "greedy", "sampled"), ([step] * len(greedy), *texts), strict=True))
     columns |= {"answer": rows["answer"]} if "answer" in rows else {}
     mine = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
@@ -856,6 +863,14 @@ def complete(policy, tokenizer, test: Pairs, args: Arguments, step: int) -> tupl
             right = [sample[kind].strip() == str(sample["answer"]).strip() for sample in samples]
             metrics[name] = sum(right) / count
     return metrics, samples
+
+
+def decode_answers(tokenizer, prompts: list[list[int]], answers: list[list[int]]) -> list[str]:
+    """Texts of answers as they follow on their prompts: alone, some would lose a space they begin with."""
+    options = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
+    before = tokenizer.batch_decode(prompts, **options)
+    whole = tokenizer.batch_decode([x + y for x, y in zip(prompts, answers, strict=True)], **options)
+    return [text[len(prompt) :] for prompt, text in zip(before, whole, strict=True)]
 
 
 def gather_rows(mine: list) -> list:
@@ -1148,7 +1163,8 @@ def resume(args: Arguments, policy, optimizer, extra: dict[str, Tensor]) -> int:
     dsd.set_state_dict(policy, optimizer, model_state_dict=model, optim_state_dict=optim)
     say(f"going on after step {state['step']}, from {folder}")
     if state["processes"] != dist.get_world_size():
-        say(f"it had {state['processes']} processes, not {dist.get_world_size()}: rounding will differ")
+        processes = f"{state['processes']} processes, not {dist.get_world_size()}"
+        say(f"it had {processes}: rounding will differ, and what is sampled")
     return state["step"]
 
 

@@ -8,7 +8,8 @@ gives up what the reference would have said, to leave probability for answers th
 
 The bonus acts on ỹ, the reference's answer, whoever wins. Log-probabilities are sums over tokens, the loss
 is the mean over prompts. α = 0 is online DPO. Differs from the paper: one step of AdamW on a batch of new
-pairs, where Algorithm 1 minimises over all pairs so far.
+pairs, where Algorithm 1 minimises over all pairs so far; the better score is the label, not a draw from the
+scores' preference; and the last policy is the result, not the best so far.
 
     python xpo.py                                     the built-in example, about two minutes on a laptop
     torchrun --nproc_per_node 8 xpo.py --model_name_or_path Qwen/Qwen2-0.5B-Instruct \
@@ -18,6 +19,7 @@ pairs, where Algorithm 1 minimises over all pairs so far.
 import importlib.util
 import json
 import math
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -140,6 +142,8 @@ def tokenize_prompt(row: dict, tokenizer, max_length: int, *, max_new_tokens: in
         ids = common.encode(tokenizer, prompt)
     except Exception as error:  # whatever a template does with what it was not written for
         return result | {"problem": f"the chat template refuses it: {common.first_line(error)}"}
+    if not ids:
+        return result | {"problem": "the prompt is empty"}
     if len(ids) > max_length - max_new_tokens:
         return result | {"problem": f"the prompt leaves no room for {max_new_tokens} more tokens"}
     return result | {"prompt": ids, "raw": json.dumps(prompt)}
@@ -153,10 +157,10 @@ def load_judge(path: str) -> Callable:
     pair 0 if the first is better, 1 if the second is, -1 if neither.
     """
     file, _, name = path.rpartition(":")
-    if not Path(file).is_file():
-        raise ValueError(f"judge must be path/to/file.py:function, and {file or path} is no file")
+    if not (file.endswith(".py") and Path(file).is_file()):
+        raise ValueError(f"judge must be path/to/file.py:function, and {file or path} is no such file")
     spec = importlib.util.spec_from_file_location("judge", file)
-    module = importlib.util.module_from_spec(spec)
+    module = sys.modules["judge"] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     if not callable(getattr(module, name, None)):
         raise ValueError(f"there is no function {name} in {file}")
@@ -224,7 +228,7 @@ def sample(policy, reference, decide: Callable, tokenizer, rows: dict, args: Arg
     models, options = (policy, reference), sampling(args)
     answers = [common.generate(model, tokenizer, rows["prompt"], args, **options) for model in models]
     generated = time.perf_counter()
-    texts = [tokenizer.batch_decode(part, skip_special_tokens=True) for part in answers]
+    texts = [common.decode_answers(tokenizer, rows["prompt"], part) for part in answers]
     prompts, eos = [json.loads(raw) for raw in rows["raw"]], common.eos_ids(policy, tokenizer)
     ended = torch.tensor([[answer[-1] in eos for answer in pair] for pair in zip(*answers, strict=True)])
     scores = None
@@ -281,7 +285,7 @@ def loss_and_metrics(policy, reference, batch: Batch, wins: Tensor, args: Argume
         "loss/xpo": bonus.sum(),
         "objective/kl": log_ratios.sum() / 2,  # over both samples, as TRL had it: no KL divergence
         "objective/policy_kl": log_ratios[:, 0].sum(),  # KL(π || π_ref), estimated on the policy's samples
-        "objective/entropy": -labelled.sum() / 2,
+        "objective/entropy": -labelled.sum() / 2,  # and this, of both samples, no entropy
         "rewards/chosen": rewards[:, 0].sum(),
         "rewards/rejected": rewards[:, 1].sum(),
         "rewards/accuracies": (rewards[:, 0] > rewards[:, 1]).sum(),

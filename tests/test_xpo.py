@@ -244,4 +244,4 @@ def test_a_judge_that_fails_is_named(tmp_path):
         "--dataset_name",
         "d",
     )
-    assert result.returncode == 1 and "nowhere.py is no file" in result.stderr
+    assert result.returncode == 1 and "nowhere.py is no such file" in result.stderr
