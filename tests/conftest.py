@@ -36,10 +36,11 @@ ARCHITECTURES = {
     ),
     "gemma2": SMALL
     | dict(head_dim=8, attn_logit_softcapping=2.0, final_logit_softcapping=5.0, query_pre_attn_scalar=8),
+    "olmo2": SMALL,
     "cohere": SMALL | dict(logit_scale=0.3),
     "falcon": dict(vocab_size=61, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, alibi=True),
 }
-PACKED = ("llama", "qwen2", "mistral", "mixtral", "gpt2")
+PACKED = ("llama", "qwen2", "mistral", "mixtral", "gpt2", "olmo2")
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -70,6 +70,35 @@ def test_a_prompt_is_in_the_row_once_and_last_tokens_are_not():
     assert batch.lengths.tolist() == [[len(c), len(r)] for _, c, r in pairs]
 
 
+@pytest.mark.parametrize("kind", PACKED)
+def test_no_mask_over_the_whole_row_is_made(kind, monkeypatch):
+    model, batch, masks = tiny(kind), batch_of(random_pairs(4, 3)), []
+
+    def attention(module, query, key, value, mask, **options):
+        masks.append(mask)
+        return common.packed_attention(module, query, key, value, mask, **options)
+
+    enable_packing(model)
+    monkeypatch.setitem(common.AttentionInterface._global_mapping, "packed", attention)
+    score(model, batch)
+    assert len(masks) == 2 and all(mask is None or mask.numel() == 1 for mask in masks)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("kind", ["llama", "olmo2"])
+def test_in_bfloat16_generate_sees_the_model_that_score_sees(kind, checkpointing, tmp_path):
+    """FSDP's hooks, which are out while generating, change no inputs: OLMo gives its layers float32 ones."""
+    tiny(kind).float().save_pretrained(tmp_path)
+    args = common.Arguments(str(tmp_path), bf16=True, gradient_checkpointing=checkpointing)
+    model = common.load_model(str(tmp_path), args, torch.device("cpu"), trainable=True)
+    assert model.packed
+    batch = batch_of(random_pairs(4, 3))
+    logps = model.score(batch).token_logps
+    logps.sum().backward()  # recomputed with checkpointing: to the same dtypes, or it fails
+    with torch.no_grad(), common.gathered(model, args):
+        torch.testing.assert_close(score(model, batch).token_logps, logps, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("size", [1, 3, 1000])
 def test_chunk_size_changes_nothing(size, monkeypatch):
     model, batch = tiny("llama"), batch_of(random_pairs(4, 3))

@@ -9,7 +9,16 @@ import pytest
 import torch
 from conftest import SMALL, tiny
 from test_runs import SHORT, assert_same_run, metrics_of, run, stop, succeed
-from transformers import AutoTokenizer, LlamaConfig, LlamaForSequenceClassification
+from tokenizers import Tokenizer
+from tokenizers.decoders import Metaspace
+from tokenizers.models import WordLevel
+from tokenizers.normalizers import Strip
+from transformers import (
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForSequenceClassification,
+    PreTrainedTokenizerFast,
+)
 
 import common
 import xpo
@@ -105,6 +114,29 @@ def test_padding_on_the_left_changes_nothing(kind):
     assert all(2 not in y[:-1] and len(y) <= 8 for y in together)
 
 
+def test_what_ends_a_completion():
+    """A model tuned to another EOS than its generation config has still ends, and so do its old ways."""
+    model, tokenizer = tiny("llama").eval(), SimpleNamespace(eos_token_id=2, pad_token_id=0)
+    for there, ends in ((None, [2]), (2, [2]), (5, [2, 5]), ([5, 7], [2, 5, 7])):
+        model.generation_config.eos_token_id = there
+        assert common.eos_ids(model, tokenizer) == ends
+    said = common.generate(
+        model, tokenizer, [[3]] * 300, arguments(max_new_tokens=40), **xpo.sampling(arguments())
+    )
+    assert {y[-1] for y in said if len(y) < 40} == {2, 5, 7}
+
+
+def test_answers_keep_the_space_they_begin_with():
+    """As SentencePiece has it: a word's first token holds the space before it."""
+    words = {"<unk>": 0, "<s>": 1, "</s>": 2, "▁The": 3, "▁capital:": 4, "▁Paris": 5, "▁.": 6}
+    backend = Tokenizer(WordLevel(words, unk_token="<unk>"))
+    backend.decoder = Metaspace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", bos_token="<s>")
+    assert tokenizer.batch_decode([[5, 6, 2]], skip_special_tokens=True) == ["Paris ."]
+    found = common.decode_answers(tokenizer, [[1, 3, 4], [1]], [[5, 6, 2], [5]])
+    assert found == [" Paris .", "Paris"]
+
+
 def test_prompts_without_room_are_dropped():
     tokenizer = AutoTokenizer.from_pretrained(TOY_MODEL)
     row = {"prompt": [{"role": "user", "content": "3942"}]}
@@ -112,6 +144,8 @@ def test_prompts_without_room_are_dropped():
     assert tokenizer.decode(fits["prompt"]) == "<s>3942=" and json.loads(fits["raw"]) == row["prompt"]
     assert "no room for 10" in tokenize_prompt(row, tokenizer, 15, max_new_tokens=10)["problem"]
     assert tokenize_prompt({"prompt": ""}, tokenizer, 16, max_new_tokens=10)["problem"]
+    tokenizer.backend_tokenizer.normalizer = Strip()
+    assert tokenize_prompt({"prompt": " \n"}, tokenizer, 16, max_new_tokens=1)["problem"]  # no tokens
     pair = {"chosen": "12=a b", "rejected": "12=a c"}
     assert json.loads(tokenize_prompt(pair, tokenizer, 16, max_new_tokens=1)["raw"]) == "12=a"
 
@@ -185,9 +219,12 @@ def test_rewards_are_read_at_the_last_real_token(tmp_path, monkeypatch):
 
 
 def test_judges_are_functions_of_files(tmp_path):
-    (tmp_path / "j.py").write_text("def better(prompts, pairs):\n    return [0]\n")
+    lines = ["from __future__ import annotations", "from dataclasses import dataclass", "@dataclass"]
+    lines += ["class Vote:", "    answer: int", "def better(prompts, pairs):", "    return [Vote(0).answer]"]
+    for name in ("j.py", "j.txt"):
+        (tmp_path / name).write_text("\n".join(lines))
     assert load_judge(f"{tmp_path}/j.py:better")([], []) == [0]
-    for wrong in (f"{tmp_path}/j.py:worse", f"{tmp_path}/k.py:better", "better"):
+    for wrong in (f"{tmp_path}/j.py:worse", f"{tmp_path}/k.py:better", f"{tmp_path}/j.txt:better", "better"):
         with pytest.raises(ValueError):
             load_judge(wrong)
 
