@@ -75,7 +75,10 @@ class Arguments:
     dataset_test_split: str = arg("test", "split to evaluate on")
     dataset_num_proc: int | None = arg(None, "processes that tokenize")
     max_length: int = arg(1024, "tokens of prompt and completion; a longer completion is cut at the end")
-    output_dir: str | None = arg(None, "where results go; the same command goes on there [output/<script>]")
+    output_dir: str | None = arg(
+        None,
+        "where results go, on a disk that all nodes see; the same command goes on there [output/<script>]",
+    )
     overwrite_output_dir: bool = arg(False, "start anew: delete the earlier run in output_dir")
     learning_rate: float = arg(1e-6, "peak learning rate of AdamW")
     lr_scheduler_type: Literal["linear", "cosine", "constant"] = arg("linear", "its decay after the warm-up")
@@ -106,6 +109,7 @@ class Arguments:
     push_to_hub: bool = arg(False, "upload the trained model")
     hub_model_id: str | None = arg(None, "to this repository [the name of output_dir]")
     traceback: bool = arg(False, "show where an error came from, not only its message")
+    training_data: str | None = field(default=None, init=False)  # no flag: load_pairs puts a digest here
 
 
 def fail(message: str, *, alone: bool = False) -> NoReturn:
@@ -175,6 +179,8 @@ def start(args: Arguments) -> tuple[int, int, torch.device]:
         fail("bf16 computes in bfloat16: with --dtype float64 it has to be false")
     args.bf16 = device.type == "cuda" and args.dtype != "float64" if args.bf16 is None else args.bf16
     check_output_dir(args)
+    if args.push_to_hub:
+        check_hub()
     alone = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
     # Others wait while the first process tokenizes: for longer than the default of some minutes.
     timeout = timedelta(hours=2)
@@ -185,6 +191,16 @@ def start(args: Arguments) -> tuple[int, int, torch.device]:
     if dist.get_rank() > 0:
         datasets.disable_progress_bars()
     return dist.get_rank(), dist.get_world_size(), device
+
+
+def check_hub() -> None:
+    """Fail now, not after training, if nothing could be uploaded."""
+    from huggingface_hub import HfApi
+
+    try:
+        HfApi().whoami()
+    except Exception as error:  # no token, a wrong one, no network
+        fail(f"--push_to_hub: {first_line(error)}")
 
 
 POSITIVE = """batch_size per_device_train_batch_size per_device_eval_batch_size num_train_epochs learning_rate
@@ -237,7 +253,7 @@ def load_tokenizer(args: Arguments):
     path, kinds = args.model_name_or_path, (transformers.AutoTokenizer, AutoConfig)
     tokenizer, config = (from_pretrained(kind, path, args) for kind in kinds)
     known = config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or args.trust_remote_code
-    if config.is_encoder_decoder or not known:
+    if config.is_encoder_decoder or not known or getattr(config, "vision_config", None):
         fail(f"{path} is of type {config.model_type}, not a language model with a decoder alone")
     if tokenizer.eos_token_id is None:
         fail(f"the tokenizer of {path} has no EOS token to end completions with: set its eos_token")
@@ -342,6 +358,7 @@ def load_pairs(args: Arguments, tokenizer, **options) -> tuple[Pairs, Pairs | No
     if args.dataset_train_split not in splits:
         fail(f"{args.dataset_name} has no split '{args.dataset_train_split}'; it has {', '.join(splits)}")
     train = tokenize_pairs(splits[args.dataset_train_split], "training", args, tokenizer, **options)
+    args.training_data = hashlib.sha256(train.lengths.tobytes()).hexdigest()[:12]  # for `resume`
     if args.eval_strategy == "no":
         return train, None
     if args.dataset_test_split not in splits:
@@ -571,7 +588,7 @@ class Batch:
     owner: Tensor  # (N,) whose the label is: 2i of the chosen, 2i + 1 of the rejected completion of pair i
     index: Tensor  # (N,) the label's index in its completion
     owners: int  # 2B; 3B if prompts are scored, too: their tokens come last, 2B + i owns those of pair i
-    sequences: Tensor  # (2B, L) places in the row of each prompt and completion, filled up with place 0
+    sequences: Tensor  # (2B, L) places in the row of each prompt and completion; the last fills it up
     home: Tensor  # (T,) and back: where in the flattened sequences a token of the row is
     lengths: Tensor  # (B, 2) tokens of chosen and rejected
     step_pairs: int  # pairs in the whole global batch, of which this is a part
@@ -642,11 +659,14 @@ def pack(pairs: list[tuple], device: torch.device, *, score_prompts: bool = Fals
         "source": np.concatenate([*source, []]),
         "owner": np.arange(len(labels)).repeat(counts_of_labels),
         "index": np.concatenate([*map(np.arange, counts_of_labels), []]),
-        "sequences": np.stack([np.pad(sequence, (0, longest - len(sequence))) for sequence in sequences]),
+        # Filled up with places of their own: many gradients added to one place would wait for each other.
+        "sequences": np.stack([np.pad(s, (0, longest - len(s)), mode="edge") for s in sequences]),
         "home": home,
         "lengths": lengths,
     }
-    tensors = {name: torch.from_numpy(array.astype(np.int64)).to(device) for name, array in arrays.items()}
+    tensors = {name: torch.from_numpy(array.astype(np.int64)) for name, array in arrays.items()}
+    if device.type == "cuda":  # from pinned memory, so that the host does not wait for the device
+        tensors = {name: x.pin_memory().to(device, non_blocking=True) for name, x in tensors.items()}
     return Batch(**tensors, owners=len(labels), **counts)
 
 
@@ -696,8 +716,8 @@ def score(model, batch: Batch, *, collisions: bool = False) -> Scores:
 
 def plain_score(model, batch: Batch, *, collisions: bool = False) -> Scores:
     """The textbook's way: rows padded on the right, the model's own logits, log-softmax, gather."""
-    mask = batch.sequences > 0  # (2B, L); place 0 is the first token of a sequence, or stands for padding
-    mask[:, 0] = True
+    places = batch.sequences
+    mask = places.diff(dim=1, prepend=places[:, :1] - 1) > 0  # (2B, L); where a place repeats, it is padding
     row, column = (batch.home[batch.source] // mask.shape[1], batch.home[batch.source] % mask.shape[1])
     needed = torch.zeros_like(mask[0]).index_fill(0, column, True)
     outputs = model.forward(  # not model(...): FSDP has gathered the shards for `score` already
@@ -706,7 +726,9 @@ def plain_score(model, batch: Batch, *, collisions: bool = False) -> Scores:
         use_cache=False,
         logits_to_keep=needed.nonzero()[:, 0],
     )
-    logits = outputs.logits[row, needed.cumsum(0)[column] - 1]  # (N, V)
+    if outputs.logits.shape[1] < len(needed):  # not all models know logits_to_keep
+        column = needed.cumsum(0)[column] - 1
+    logits = outputs.logits[row, column]  # (N, V)
     token_logps, log_collisions = label_logps(logits, batch.labels, collisions)
     aux_loss = outputs.aux_loss if model.balancing_loss else 0.0
     return Scores(token_logps, aux_loss, log_collisions)
@@ -1031,8 +1053,10 @@ def tracker(args: Arguments) -> Callable[[dict[str, float] | None, int], None]:
 
 # ------------------------------------------------------------------------------------------------ checkpoints
 
+# When a run goes on; the second line would change nothing but rounding.
 MAY_CHANGE = """output_dir overwrite_output_dir dataset_num_proc logging_steps report_to run_name save_steps
-    save_total_limit push_to_hub hub_model_id traceback""".split()  # when a run goes on
+    per_device_train_batch_size per_device_eval_batch_size gradient_checkpointing
+    save_total_limit push_to_hub hub_model_id traceback""".split()
 
 
 def write_run(args: Arguments, finished: bool) -> None:
@@ -1053,22 +1077,30 @@ def check_output_dir(args: Arguments) -> None:
     there = next(path for path in (folder, *folder.parents) if path.exists())
     if not there.is_dir() or not os.access(there, os.W_OK):
         fail(f"cannot write to --output_dir {args.output_dir}")
+    for name, path in asdict(args).items():
+        if name.endswith("_path") and path and Path(path).resolve() == folder.resolve():
+            fail(f"--output_dir is where --{name} is: it would be overwritten")
     if args.overwrite_output_dir or not (folder / "run.json").exists():
         return
     if changes := changes_since(args):
-        where = f"another run is in {args.output_dir}: {', '.join(changes)}"
-        fail(f"{where}; change --output_dir or --overwrite_output_dir")
+        fail(another_run(args, changes))
     if json.loads((folder / "run.json").read_text())["finished"]:
         say(f"finished already, in {args.output_dir}; --overwrite_output_dir starts anew")
         raise SystemExit(0)
 
 
 def changes_since(args: Arguments) -> list[str]:
-    """What in this run's command differs from that of the run in output_dir."""
+    """What differs from the run in output_dir: in the command, and in the data, once they are loaded."""
     run = json.loads(Path(args.output_dir, "run.json").read_text())
     new, old = {"script": Path(sys.argv[0]).name} | asdict(args), {"script": run["script"]} | run["arguments"]
-    differ = [name for name in new if name not in MAY_CHANGE and old.get(name) != new[name]]
+    not_yet = {"training_data"} if args.training_data is None else set()
+    differ = [name for name in new if name not in {*MAY_CHANGE, *not_yet} and old.get(name) != new[name]]
     return [f"{name} {old.get(name)} (now {new[name]})" for name in differ]
+
+
+def another_run(args: Arguments, changes: list[str]) -> str:
+    where = f"another run is in {args.output_dir}: {', '.join(changes)}"
+    return f"{where}; change --output_dir or --overwrite_output_dir"
 
 
 LOCKED = set()  # directories: a notebook may start a run again in the same process
@@ -1096,10 +1128,11 @@ def complete_checkpoints(args: Arguments) -> list[Path]:
 def digests(folder: Path) -> dict[str, str]:
     """The SHA-256 of all files of a checkpoint, by name; every process computes a part of them."""
     mine, parts = {}, [None] * dist.get_world_size()
-    files = sorted(path for path in folder.iterdir() if path.name != "digests.json")
-    for path in files[dist.get_rank() :: len(parts)]:
-        with path.open("rb") as file:
-            mine[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+    names = [sorted(path.name for path in folder.iterdir() if path.name != "digests.json")]
+    dist.broadcast_object_list(names)  # of a disk on a network, processes may see lists of different age
+    for name in names[0][dist.get_rank() :: len(parts)]:
+        with (folder / name).open("rb") as file:
+            mine[name] = hashlib.file_digest(file, "sha256").hexdigest()
     dist.all_gather_object(parts, mine)
     return {name: digest for part in parts for name, digest in part.items()}
 
@@ -1126,27 +1159,31 @@ def save_checkpoint(args: Arguments, policy, optimizer, step: int, extra: dict[s
         reason = first_line(next(iter(causes))[0])
         free = shutil.disk_usage(args.output_dir).free // 2**20
         reason += f" ({free} MiB are free)"
-        fail(f"cannot save a checkpoint after step {step}: {reason}; earlier ones are intact")
+        alone = isinstance(error, OSError)  # the other kind of error all processes have
+        fail(f"cannot save a checkpoint after step {step}: {reason}; earlier ones are intact", alone=alone)
 
 
 def resume(args: Arguments, policy, optimizer, extra: dict[str, Tensor]) -> int:
     """Load the newest checkpoint in place; the number of steps that it has behind it, 0 if there is none."""
-    found = [None]
+    found = [f"another run is running in {args.output_dir}"]  # a reason not to go on, or checkpoints
     if dist.get_rank() == 0 and lock(args.output_dir):
+        there = Path(args.output_dir, "run.json").exists()
+        changes = changes_since(args) if there else []
         # Started again by torchrun, a run has deleted the earlier one already.
-        again = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
-        again = again and Path(args.output_dir, "run.json").exists() and not changes_since(args)
+        again = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0" and there and not changes
         if args.overwrite_output_dir and not again:
             for path in [p for name in WRITTEN for p in Path(args.output_dir).glob(name)]:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
-        found = [complete_checkpoints(args)]
-        for path in Path(args.output_dir, "checkpoints").glob("*"):
-            if path.is_dir() and path not in found[0]:
-                shutil.rmtree(path)  # torn: the run was killed while it saved
-        write_run(args, finished=False)
+            changes = []
+        found = [another_run(args, changes) if changes else complete_checkpoints(args)]
+        if not changes:
+            for path in Path(args.output_dir, "checkpoints").glob("*"):
+                if path.is_dir() and path not in found[0]:
+                    shutil.rmtree(path)  # torn: the run was killed while it saved
+            write_run(args, finished=False)
     dist.broadcast_object_list(found)  # one decision for all
-    if found[0] is None:
-        fail(f"another run is running in {args.output_dir}")
+    if isinstance(found[0], str):
+        fail(found[0])
     for folder in reversed(found[0]):
         saved, now = json.loads((folder / "digests.json").read_text()), digests(folder)
         damaged = [name for name in saved if saved[name] != now.get(name)]
@@ -1184,7 +1221,7 @@ def save_model(args: Arguments, policy, tokenizer) -> None:
 
             hub, name = HfApi(), args.hub_model_id or Path(args.output_dir).name
             name = hub.create_repo(name, exist_ok=True).repo_id
-            ignored = ["checkpoints/*", "*.npy"]
+            ignored = ["checkpoints/*", "*.npy", "completions.jsonl", "run.json", "tensorboard/*"]
             hub.upload_folder(repo_id=name, folder_path=args.output_dir, ignore_patterns=ignored)
             say(f"uploaded to {name}")
         write_run(args, finished=True)

@@ -6,8 +6,9 @@ model: its own log-probabilities, against those of a frozen copy of where it sta
     reward(y) = β log π(y|x) / π_ref(y|x)             log-probabilities are summed over the tokens of y
     loss      = -log σ(reward(y_w) - reward(y_l))     eq. 7; the mean over pairs
 
-Differs from the paper: AdamW, not RMSprop. Differs from the authors' code: answers are packed, not padded,
-which changes no result. DPO's relatives are the other cases of `dpo_loss`, each with its source.
+Differs from the paper: AdamW and a learning rate that falls, not RMSprop and a constant one. Differs from
+the authors' code: answers are packed, not padded, which changes no result. DPO's relatives are the other
+cases of `dpo_loss`, each with its source.
 
     python dpo.py                                     the built-in example, about a minute on a laptop
     torchrun --nproc_per_node 8 dpo.py --model_name_or_path Qwen/Qwen2-0.5B-Instruct \
@@ -209,7 +210,9 @@ def check(args: Arguments) -> None:
     args.loss_weights = args.loss_weights or [1.0] * len(args.loss_type)
     if len(args.loss_weights) != len(args.loss_type):
         raise ValueError(f"{len(args.loss_type)} loss types but {len(args.loss_weights)} loss_weights")
-    if args.rpo_alpha is not None and "sft" not in args.loss_type:  # the same by another name
+    if args.rpo_alpha is not None and "sft" in args.loss_type:
+        raise ValueError("rpo_alpha adds the loss type sft, which is there already: give it a weight instead")
+    if args.rpo_alpha is not None:
         args.loss_type, args.loss_weights = [*args.loss_type, "sft"], [*args.loss_weights, args.rpo_alpha]
     types = {*args.loss_type}
     if args.label_smoothing and not types & {*SMOOTHED}:
@@ -222,6 +225,9 @@ def check(args: Arguments) -> None:
         raise ValueError(f"ld_alpha changes sums of log-probabilities, but {', '.join(AVERAGED)} average")
     if args.sync_ref_model and args.precompute_ref_log_probs:
         raise ValueError("with sync_ref_model the reference changes: it cannot be precomputed")
+    for name in ("ld_alpha", "ref_model_mixup_alpha"):
+        if not 0 <= (getattr(args, name) or 0) <= 1:
+            raise ValueError(f"{name} must be in [0, 1], not {getattr(args, name)}")
     if args.ref_model_sync_steps < 1:
         raise ValueError(f"ref_model_sync_steps must be at least 1, not {args.ref_model_sync_steps}")
     for loss_type in args.loss_type:  # whatever else is wrong dpo_loss says, before any work
@@ -346,6 +352,7 @@ def precompute(reference, pairs: Pairs, groups, size: int, path: Path, args: Arg
 @torch.no_grad()
 def evaluate(policy, reference, tokenizer, test: Pairs, args: Arguments, log, step: int, bco_delta) -> None:
     """The metrics of the test pairs, all of them as one global batch, and completions of test prompts."""
+    # Only aot sorts what all processes have in memory at a time, not all pairs.
     rows = common.by_length(test)
     for batch in common.micro_batches(test, rows, args.per_device_eval_batch_size, policy.device):
         log.add(loss_and_metrics(policy, reference, batch, args, bco_delta)[1])
@@ -364,6 +371,8 @@ def main(args: Arguments) -> None:
     policy = common.load_model(args.model_name_or_path, args, device, trainable=True)
     path = args.ref_model_name_or_path or args.model_name_or_path
     reference = common.load_model(path, args, device, trainable=False, compact=not args.sync_ref_model)
+    if reference.config.get_text_config().vocab_size < len(tokenizer):
+        common.fail(f"{path} has fewer tokens than {args.model_name_or_path}: it cannot be the reference")
     optimizer = common.adamw(policy, args)
     bco_delta = torch.zeros((), dtype=torch.float64, device=device)  # the mean reward of all earlier steps
     extra = {"bco_delta": bco_delta} | ({"reference": reference.state_dict()} if args.sync_ref_model else {})
@@ -372,8 +381,7 @@ def main(args: Arguments) -> None:
     if args.precompute_ref_log_probs:
         # In the batches of the first epoch: packed alike, they are rounded as the policy's are.
         first_epoch = batches[: len(train.rows) // args.batch_size]
-        rest = np.setdiff1d(batches, first_epoch)
-        groups = [*first_epoch, *np.split(rest, range(args.batch_size, len(rest), args.batch_size))]
+        groups = [*first_epoch, np.setdiff1d(batches, first_epoch)]
         path = Path(args.output_dir, "reference_logps_train.npy")
         train = precompute(reference, train, groups, args.per_device_train_batch_size, path, args)
         if test is not None:

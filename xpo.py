@@ -116,6 +116,8 @@ def check(args: Arguments) -> None:
         raise ValueError(f"alpha must be one or more values of at least 0, not {args.alpha}")
     if args.max_new_tokens >= args.max_length:
         raise ValueError(f"max_length {args.max_length} has to exceed max_new_tokens {args.max_new_tokens}")
+    if not 0 <= args.ref_model_mixup_alpha <= 1:
+        raise ValueError(f"ref_model_mixup_alpha must be in [0, 1], not {args.ref_model_mixup_alpha}")
     if args.ref_model_sync_steps < 1:
         raise ValueError(f"ref_model_sync_steps must be at least 1, not {args.ref_model_sync_steps}")
     if args.judge:

@@ -16,6 +16,7 @@ from test_runs import ROOT, environment
 from transformers import (
     AutoTokenizer,
     CLIPConfig,
+    Gemma3Config,
     LlamaConfig,
     LlamaForSequenceClassification,
     T5Config,
@@ -66,6 +67,9 @@ WRONG = [  # script, flags, what is said
     ("xpo.py", "--top_p 0", "top_p must be in (0, 1]"),
     ("xpo.py", "--alpha -1", "alpha must be one or more values of at least 0"),
     ("dpo.py", "--ref_model_sync_steps 0", "ref_model_sync_steps must be at least 1"),
+    ("dpo.py", "--sync_ref_model --ref_model_mixup_alpha 1.5", "ref_model_mixup_alpha must be in [0, 1]"),
+    ("xpo.py", "--sync_ref_model --ref_model_mixup_alpha nan", "ref_model_mixup_alpha must be in [0, 1]"),
+    ("dpo.py", "--ld_alpha -0.5", "ld_alpha must be in [0, 1]"),
     # Not known, or not together.
     ("dpo.py", "--loss_type sigmod", "unknown loss_type 'sigmod'; known are sigmoid"),
     ("cpo.py", "--loss_type dpo", "unknown loss_type 'dpo'"),
@@ -76,6 +80,7 @@ WRONG = [  # script, flags, what is said
     ("dpo.py", "--loss_type sigmoid sft --loss_weights 1", "2 loss types but 1 loss_weights"),
     ("dpo.py", "--f_divergence_type js_divergence --loss_type ipo", "has no meaning for ipo"),
     ("dpo.py", "--sync_ref_model --precompute_ref_log_probs", "cannot be precomputed"),
+    ("dpo.py", "--loss_type sigmoid sft --rpo_alpha 2", "rpo_alpha adds the loss type sft, which is there"),
     ("dpo.py", "--use_weighting --loss_type aot", "aot compares quantiles"),
     ("dpo.py", "--loss_type aot --per_device_train_batch_size 4", "aot needs the batch at once"),
     ("dpo.py", "--ld_alpha 0.5 --loss_type ipo", "ipo, sigmoid_norm, sft average"),
@@ -94,6 +99,7 @@ WRONG = [  # script, flags, what is said
     ("xpo.py", "--judge {dir}/judge.py:f --reward_model_path m", "give --reward_model_path or --judge"),
     ("xpo.py", "--max_new_tokens 2000", "has to exceed max_new_tokens"),
     ("dpo.py", "--report_to trackio", "pip install trackio"),
+    ("orpo.py", "--push_to_hub", "--push_to_hub: "),  # no network, or no token
     # Files and models.
     ("dpo.py", "--output_dir {dir}/judge.py/out", "cannot write to --output_dir"),
     ("dpo.py", "--model_name_or_path {dir}/nowhere --dataset_name {data}", "cannot load {dir}/nowhere"),
@@ -106,6 +112,21 @@ WRONG = [  # script, flags, what is said
         "dpo.py",
         "--model_name_or_path {dir}/added --dataset_name {data}",
         "62 tokens, but the model embeds 61",
+    ),
+    (
+        "dpo.py",
+        "--model_name_or_path {dir}/vision --dataset_name {data}",
+        "is of type gemma3, not a language",
+    ),
+    (
+        "dpo.py",
+        "--output_dir {dir}/t5 --model_name_or_path {dir}/t5 --dataset_name {data}",
+        "would be overwritten",
+    ),
+    (
+        "dpo.py",
+        "{model} {data} --ref_model_name_or_path {dir}/small --output_dir out",
+        "small has fewer tokens than {toy}: it cannot be the reference",
     ),
     ("xpo.py", "--reward_model_path {dir}/two", "has 2 outputs; a reward model has one"),
     ("xpo.py", "--reward_model_path {dir}/no_template", "reward model's tokenizer has no chat template"),
@@ -166,8 +187,10 @@ def wrong(tmp_path_factory) -> Path:
     tokenizer = AutoTokenizer.from_pretrained(TOY_MODEL)
     T5Config().save_pretrained(folder / "t5")
     CLIPConfig().save_pretrained(folder / "clip")
-    for name in ("t5", "clip"):
+    Gemma3Config().save_pretrained(folder / "vision")
+    for name in ("t5", "clip", "vision"):
         tokenizer.save_pretrained(folder / name)
+    tiny("llama", vocab_size=20).save_pretrained(folder / "small")
     model = tiny("llama")
     for name in ("pickled", "no_eos", "added", "no_template"):
         model.save_pretrained(folder / name)

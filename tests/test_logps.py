@@ -70,6 +70,15 @@ def test_a_prompt_is_in_the_row_once_and_last_tokens_are_not():
     assert batch.lengths.tolist() == [[len(c), len(r)] for _, c, r in pairs]
 
 
+def test_a_model_that_knows_no_logits_to_keep():
+    model, pairs = tiny("llama"), [([5, 6, 7, 8], [9], [10, 11]), ([5, 6, 7], [8, 9], [10])]
+    model.balancing_loss, forward = None, model.forward
+    want = plain_score(model, batch_of(pairs)).token_logps
+    torch.testing.assert_close(want, by_hand(model, pairs), rtol=0, atol=1e-10)
+    model.forward = lambda logits_to_keep, **inputs: forward(**inputs)
+    assert torch.equal(plain_score(model, batch_of(pairs)).token_logps, want)
+
+
 @pytest.mark.parametrize("kind", PACKED)
 def test_no_mask_over_the_whole_row_is_made(kind, monkeypatch):
     model, batch, masks = tiny(kind), batch_of(random_pairs(4, 3)), []

@@ -1,6 +1,7 @@
 """What a run leaves in output_dir, how the next run there is met, and where else results go."""
 
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -8,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import tiny
-from test_runs import SHORT, environment, last_wins, metrics_of, run, succeed
+from test_runs import SHORT, environment, last_wins, metrics_of, run, stop, succeed
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import common
@@ -122,6 +123,30 @@ def test_an_output_dir_holds_one_run(tmp_path):
     succeed("dpo.py", out, *flags, "--beta", "0.2", "--overwrite_output_dir")
     assert metrics_of(out)[-1]["eval_loss"] != metrics[-1]["eval_loss"]
     assert (out / "mine.txt").exists()
+
+
+def test_a_run_goes_on_with_the_data_it_began_with(tmp_path):
+    """And with fewer pairs at a time, if memory was short."""
+    rows = [{"prompt": f"{i}=", "chosen": "one", "rejected": "ones"} for i in range(40)]
+    data, out = tmp_path / "pairs.jsonl", tmp_path / "out"
+
+    def write(rows: list[dict]) -> None:
+        data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    flags = ["--model_name_or_path", TOY_MODEL, "--dataset_name", str(data), "--batch_size", "8"]
+    flags += ["--max_steps", "200", "--precompute_ref_log_probs"]
+    write(rows)
+    stop("dpo.py", out, *flags, after_steps=3, by=signal.SIGTERM)
+    before = metrics_of(out)
+    write([*rows[:7], rows[7] | {"chosen": "seven"}, *rows[8:]])
+    result = run("dpo.py", out, *flags)
+    assert result.returncode == 1 and "Traceback" not in result.stderr
+    assert f"another run is in {out}: training_data " in result.stderr
+    assert metrics_of(out) == before
+    write(rows)
+    fewer = ["--per_device_train_batch_size", "4", "--gradient_checkpointing"]
+    stop("dpo.py", out, *flags, *fewer, after_steps=before[-1]["step"] + 2, by=signal.SIGTERM)
+    assert [line["step"] for line in metrics_of(out)][: len(before) + 2] == [*range(1, len(before) + 3)]
 
 
 def test_a_tracker_that_is_not_installed_is_named(tmp_path):
