@@ -1099,6 +1099,7 @@ def changes_since(args: Arguments) -> list[str]:
 
 
 def another_run(args: Arguments, changes: list[str]) -> str:
+    """What to say where these changes forbid to go on."""
     where = f"another run is in {args.output_dir}: {', '.join(changes)}"
     return f"{where}; change --output_dir or --overwrite_output_dir"
 
