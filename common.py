@@ -181,16 +181,20 @@ def start(args: Arguments) -> tuple[int, int, torch.device]:
     check_output_dir(args)
     if args.push_to_hub:
         check_hub()
-    alone = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
     # Others wait while the first process tokenizes: for longer than the default of some minutes.
     timeout = timedelta(hours=2)
+    store = next(dist.rendezvous("env://", timeout=timeout))[0] if "RANK" in os.environ else dist.HashStore()
+    if os.environ.get("LOCAL_WORLD_SIZE") == str(world):
+        # torchrun starts processes again with the store that has the addresses of those before. (On several
+        # nodes it counts restarts apart: there, TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 makes a new store.)
+        store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
     # Tensors on GPUs go by nccl, Python objects by gloo.
-    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=timeout, **alone)
+    backend, rank = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", int(os.environ.get("RANK", 0))
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
     transformers.utils.logging.disable_progress_bar()
-    if dist.get_rank() > 0:
+    if rank > 0:
         datasets.disable_progress_bars()
-    return dist.get_rank(), dist.get_world_size(), device
+    return rank, world, device
 
 
 def check_hub() -> None:
