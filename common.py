@@ -109,7 +109,7 @@ class Arguments:
     push_to_hub: bool = arg(False, "upload the trained model")
     hub_model_id: str | None = arg(None, "to this repository [the name of output_dir]")
     traceback: bool = arg(False, "show where an error came from, not only its message")
-    training_data: str | None = field(default=None, init=False)  # no flag: load_pairs puts a digest here
+    data_digest: str | None = field(default=None, init=False)  # no flag: load_pairs fills it in
 
 
 def fail(message: str, *, alone: bool = False) -> NoReturn:
@@ -188,8 +188,9 @@ def start(args: Arguments) -> tuple[int, int, torch.device]:
         # torchrun starts processes again with the store that has the addresses of those before. (On several
         # nodes it counts restarts apart: there, TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 makes a new store.)
         store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+    rank = int(os.environ.get("RANK", 0))
     # Tensors on GPUs go by nccl, Python objects by gloo.
-    backend, rank = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", int(os.environ.get("RANK", 0))
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
     transformers.utils.logging.disable_progress_bar()
     if rank > 0:
@@ -362,13 +363,14 @@ def load_pairs(args: Arguments, tokenizer, **options) -> tuple[Pairs, Pairs | No
     if args.dataset_train_split not in splits:
         fail(f"{args.dataset_name} has no split '{args.dataset_train_split}'; it has {', '.join(splits)}")
     train = tokenize_pairs(splits[args.dataset_train_split], "training", args, tokenizer, **options)
-    args.training_data = hashlib.sha256(train.lengths.tobytes()).hexdigest()[:12]  # for `resume`
-    if args.eval_strategy == "no":
-        return train, None
-    if args.dataset_test_split not in splits:
+    test = None
+    if args.eval_strategy != "no" and args.dataset_test_split in splits:
+        test = tokenize_pairs(splits[args.dataset_test_split], "test", args, tokenizer, **options)
+    elif args.eval_strategy != "no":
         say(f"no evaluation: there is no split '{args.dataset_test_split}', only {', '.join(splits)}")
-        return train, None
-    return train, tokenize_pairs(splits[args.dataset_test_split], "test", args, tokenizer, **options)
+    lengths = np.concatenate([pairs.lengths for pairs in (train, test) if pairs])
+    args.data_digest = hashlib.sha256(lengths.tobytes()).hexdigest()[:12]  # a run goes on with no other data
+    return train, test
 
 
 def malformed_line(path: Path) -> int | None:
@@ -1057,7 +1059,7 @@ def tracker(args: Arguments) -> Callable[[dict[str, float] | None, int], None]:
 
 # ------------------------------------------------------------------------------------------------ checkpoints
 
-# When a run goes on; the second line would change nothing but rounding.
+# When a run goes on; the second line changes rounding, and so may change what is sampled.
 MAY_CHANGE = """output_dir overwrite_output_dir dataset_num_proc logging_steps report_to run_name save_steps
     per_device_train_batch_size per_device_eval_batch_size gradient_checkpointing
     save_total_limit push_to_hub hub_model_id traceback""".split()
@@ -1087,25 +1089,22 @@ def check_output_dir(args: Arguments) -> None:
     if args.overwrite_output_dir or not (folder / "run.json").exists():
         return
     if changes := changes_since(args):
-        fail(another_run(args, changes))
+        fail(changes)
     if json.loads((folder / "run.json").read_text())["finished"]:
         say(f"finished already, in {args.output_dir}; --overwrite_output_dir starts anew")
         raise SystemExit(0)
 
 
-def changes_since(args: Arguments) -> list[str]:
-    """What differs from the run in output_dir: in the command, and in the data, once they are loaded."""
+def changes_since(args: Arguments) -> str:
+    """What differs from the run in output_dir, in the command or the data, and what to do; "" if nothing."""
     run = json.loads(Path(args.output_dir, "run.json").read_text())
     new, old = {"script": Path(sys.argv[0]).name} | asdict(args), {"script": run["script"]} | run["arguments"]
-    not_yet = {"training_data"} if args.training_data is None else set()
-    differ = [name for name in new if name not in {*MAY_CHANGE, *not_yet} and old.get(name) != new[name]]
-    return [f"{name} {old.get(name)} (now {new[name]})" for name in differ]
-
-
-def another_run(args: Arguments, changes: list[str]) -> str:
-    """What to say where these changes forbid to go on."""
-    where = f"another run is in {args.output_dir}: {', '.join(changes)}"
-    return f"{where}; change --output_dir or --overwrite_output_dir"
+    if args.data_digest is None:  # they are not loaded yet
+        new.pop("data_digest")
+    differ = [name for name in new if name not in MAY_CHANGE and old.get(name) != new[name]]
+    changes = ", ".join(f"{name} {old.get(name)} (now {new[name]})" for name in differ)
+    where = f"another run is in {args.output_dir}: {changes}; change --output_dir or --overwrite_output_dir"
+    return where if changes else ""
 
 
 LOCKED = set()  # directories: a notebook may start a run again in the same process
@@ -1173,14 +1172,14 @@ def resume(args: Arguments, policy, optimizer, extra: dict[str, Tensor]) -> int:
     found = [f"another run is running in {args.output_dir}"]  # a reason not to go on, or checkpoints
     if dist.get_rank() == 0 and lock(args.output_dir):
         there = Path(args.output_dir, "run.json").exists()
-        changes = changes_since(args) if there else []
+        changes = changes_since(args) if there else ""
         # Started again by torchrun, a run has deleted the earlier one already.
         again = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0" and there and not changes
         if args.overwrite_output_dir and not again:
             for path in [p for name in WRITTEN for p in Path(args.output_dir).glob(name)]:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
-            changes = []
-        found = [another_run(args, changes) if changes else complete_checkpoints(args)]
+            changes = ""
+        found = [changes or complete_checkpoints(args)]
         if not changes:
             for path in Path(args.output_dir, "checkpoints").glob("*"):
                 if path.is_dir() and path not in found[0]:

@@ -139,6 +139,19 @@ def test_xpo_has_the_same_prompts(format):
     assert prompt == tokenize_pair(row, TOY, 99)["prompt"] == ids("<s>12=")
 
 
+def test_the_digest_is_of_training_and_test_data(tmp_path):
+    digests = []
+    for train, test in (("one", "two"), ("one", "two"), ("ones", "two"), ("one", "twos")):
+        folder = tmp_path / str(len(digests))
+        folder.mkdir()
+        for name, chosen in (("train", train), ("test", test)):
+            write(folder / f"{name}.jsonl", [pair("1=", chosen, "x")])
+        args = Arguments("m", dataset_name=str(folder))
+        load_pairs(args, TOY)
+        digests.append(args.data_digest)
+    assert digests[0] == digests[1] and len({*digests}) == 3
+
+
 def test_a_csv_file_has_texts_even_if_they_look_like_numbers_or_nothing(tmp_path):
     rows = [{"": i} | pair(*parts) for i, parts in enumerate([("a", "null", "007"), ("", "nan", "1")])]
     path = write(tmp_path / "pairs.csv", rows)  # with row numbers, as pandas writes them

@@ -141,7 +141,7 @@ def test_a_run_goes_on_with_the_data_it_began_with(tmp_path):
     write([*rows[:7], rows[7] | {"chosen": "seven"}, *rows[8:]])
     result = run("dpo.py", out, *flags)
     assert result.returncode == 1 and "Traceback" not in result.stderr
-    assert f"another run is in {out}: training_data " in result.stderr
+    assert f"another run is in {out}: data_digest " in result.stderr
     assert metrics_of(out) == before
     write(rows)
     fewer = ["--per_device_train_batch_size", "4", "--gradient_checkpointing"]

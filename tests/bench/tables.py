@@ -16,7 +16,7 @@ import platform
 import subprocess
 import sys
 import tempfile
-from itertools import product
+from itertools import pairwise, product
 from pathlib import Path
 
 HERE = Path(__file__).parent
@@ -70,7 +70,8 @@ def provenance() -> dict:
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else cpu_name()
     versions = {"torch": torch.__version__, "transformers": transformers.__version__}
-    return versions | {"device": device, "commit": commit.stdout.strip(), "command": " ".join(sys.argv[1:])}
+    command = ["PYTHON" if before == "--xpo" else word for before, word in pairwise(sys.argv)]
+    return versions | {"device": device, "commit": commit.stdout.strip(), "command": " ".join(command)}
 
 
 def cpu_name() -> str:
