@@ -21,6 +21,8 @@ Differs from the paper: where e^(-αt) overflows, the margin of rewards does not
         --dataset_name trl-lib/ultrafeedback_binarized --output_dir Qwen2-0.5B-AlphaPO
 """
 
+from __future__ import annotations
+
 import math
 from dataclasses import dataclass
 
@@ -30,7 +32,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import common
-from common import Batch, Pairs, arg
+from common import Batch, Data, arg
 
 # --------------------------------------------------------------------------------------------------- the loss
 
@@ -82,45 +84,23 @@ def log_odds(logps: Tensor) -> Tensor:
     return logps - (-torch.expm1(logps)).log()
 
 
-# -------------------------------------------------------------------------------------------------- arguments
-
-
-@dataclass
-class Arguments(common.Arguments):
-    """AlphaPO's own arguments; those of all methods are in common.py."""
-
-    beta: float = arg(2.5, "scale of the reward")
-    gamma: float = arg(0.1, "target margin of the rewards")
-    alpha: float = arg(0.25, "shape of the reward; 0 is SimPO")
-    learning_rate: float = arg(7e-7, "peak learning rate of AdamW")
-
-
-# The built-in example: a 336k-parameter character model that translates numbers (tests/toy). So small a model
-# takes a far larger learning rate than one of billions of parameters.
-TOY = dict(learning_rate=3e-5, max_steps=100, batch_size=32, per_device_train_batch_size=32)
-TOY |= dict(per_device_eval_batch_size=250, eval_prompts=500, max_new_tokens=64)
-
-
-def check(args: Arguments) -> None:
-    """ValueError for what is not defined: alphapo_loss says it, before any work."""
-    alphapo_loss(torch.zeros(1), torch.zeros(1), beta=args.beta, gamma=args.gamma, alpha=args.alpha)
-
-
-# -------------------------------------------------------------------------------------------- one micro-batch
+# ------------------------------------------------------------------------------------------ one training step
 
 
 def loss_and_metrics(policy, batch: Batch, args: Arguments) -> tuple[Tensor, dict]:
-    """This micro-batch's part of the loss, and of the means of the metrics, of the whole global batch.
+    """This micro-batch's additive share of the global-batch mean loss and metrics.
 
-    Parts are sums over pairs divided by the number of pairs in the global batch. So they add up, and
-    neither loss nor gradient depends on how the batch is split over processes and micro-batches.
+    A share is a sum over pairs, divided by their number in the global batch. So neither loss nor
+    gradient depends on how a batch is split over processes and micro-batches.
     """
-    scores = policy.score(batch)
-    logps = batch.sum(scores.token_logps)  # (B, 2)
-    averages = logps / batch.lengths  # AlphaPO's reward is of the log-probability per token
+    token_logps = policy.token_logps(batch)  # (2B, L): log π of each token of an answer
+    logps = token_logps.sum(1).view(-1, 2)  # (B, 2): chosen, rejected
+    averages = logps / batch.completions.sum(1).view(
+        -1, 2
+    )  # AlphaPO's reward depends on the mean over tokens
     losses = alphapo_loss(*averages.unbind(1), beta=args.beta, gamma=args.gamma, alpha=args.alpha)
-    loss = losses.sum() / batch.step_pairs
-    nll_loss = -logps[:, 0].detach().sum() / batch.step_tokens[1]  # to watch: it is not in the loss
+    loss = losses.sum() / batch.global_pairs
+    nll_loss = -logps[:, 0].detach().sum() / batch.global_tokens["chosen"]  # to watch; it is not in the loss
 
     averages = averages.detach()
     rewards = -torch.expm1(-args.alpha * averages) / args.alpha if args.alpha else averages
@@ -136,68 +116,88 @@ def loss_and_metrics(policy, batch: Batch, args: Arguments) -> tuple[Tensor, dic
         "log_odds_chosen": log_odds_chosen.sum(),
         "log_odds_ratio": F.logsigmoid(log_odds_chosen).sum(),
     }
-    parts = {name: value / batch.step_pairs for name, value in sums.items()}
-    if policy.balancing_loss:
-        # Of a mixture of experts. It is no sum over pairs: here it is the mean over micro-batches.
-        parts["aux_loss"] = scores.aux_loss * len(batch.lengths) / batch.step_pairs
-        loss = loss + policy.config.router_aux_loss_coef * parts["aux_loss"]
-    return loss, {"loss": loss, "nll_loss": nll_loss} | parts
+    metrics = {name: value / batch.global_pairs for name, value in sums.items()}
+    if policy.router_loss is not None:
+        # A mixture of experts that balances its load. This is no sum over pairs: it is the mean over
+        # micro-batches, weighted by their numbers of pairs.
+        metrics["aux_loss"] = policy.router_loss * len(logps) / batch.global_pairs
+        loss = loss + policy.config.router_aux_loss_coef * metrics["aux_loss"]
+    return loss, {"loss": loss, "nll_loss": nll_loss} | metrics
 
 
 # --------------------------------------------------------------------------------------------------- training
 
 
 @torch.no_grad()
-def evaluate(policy, tokenizer, test: Pairs, args: Arguments, log, step: int) -> None:
-    """The metrics of the test pairs, all of them as one global batch, and completions of test prompts."""
+def evaluate(policy, tokenizer, test: Data, args: Arguments, log, step: int) -> None:
+    """Metrics of the test pairs, all of them as one global batch, and completions of test prompts."""
     rows = common.by_length(test)
     for batch in common.micro_batches(test, rows, args.per_device_eval_batch_size, policy.device):
         log.add(loss_and_metrics(policy, batch, args)[1])
     metrics, samples = common.complete(policy, tokenizer, test, args, step)
-    log.evaluation(step, log.means() | metrics, samples)
+    log.evaluation(step, log.all_reduce()[0] | metrics, samples)
 
 
 def main(args: Arguments) -> None:
     rank, world, device = common.start(args)
-    tokenizer = common.load_tokenizer(args)
-    train, test = common.load_pairs(args, tokenizer)
-    # All batches of the run, (steps, batch_size), are known to all processes.
-    batches = common.global_batches(train.lengths, args)
+    tokenizer = common.load_tokenizer(args.model_name_or_path, args)
+    train, test = common.load_data(args, tokenizer)
+    # All processes know all batches of the run: row numbers, (steps, batch_size).
+    batches = common.global_batches(train, args)
     policy = common.load_model(args.model_name_or_path, args, device, trainable=True)
     optimizer = common.adamw(policy, args)
+    common.claim_output_dir(args)
     first_step = common.resume(args, policy, optimizer, {})
 
-    log = common.Log(args, first_step, len(batches), len(train.rows), device)
-    if test is not None and log.due(first_step):
+    log = common.Log(args, first_step, len(batches), len(train.lengths), device)
+    if test is not None and log.evaluation_due(first_step):
         evaluate(policy, tokenizer, test, args, log, first_step)
     for step in range(first_step, len(batches)):
-        common.seed(args.seed, step, rank)  # what a step depends on, besides the state in checkpoints
-        for group in optimizer.param_groups:
-            group["lr"] = common.learning_rate(step, len(batches), args)
+        common.seed(args.seed, step, rank)  # makes a step reproducible after a resume
+        lr = common.set_learning_rate(optimizer, step, len(batches), args)
         for batch in common.micro_batches(train, batches[step], args.per_device_train_batch_size, device):
             loss, metrics = loss_and_metrics(policy, batch, args)
-            (loss * world).backward()  # fully_shard averages over processes, but these are parts of a sum
+            (loss * world).backward()  # fully_shard averages gradients over processes; shares are to be added
             log.add(metrics)
         grad_norm = common.clip_grad_norm(policy, args.max_grad_norm)
-        if math.isfinite(grad_norm):  # it is the same on all processes; else all skip the step
+        if math.isfinite(grad_norm):  # it is the same on all processes, so all of them skip a bad step
             optimizer.step()
         optimizer.zero_grad()
 
-        metrics = log.means()
+        metrics, interrupted = log.all_reduce()
         tokens = train.lengths[batches[step]].sum()
-        log.step(step, metrics, grad_norm, group["lr"], args.batch_size, tokens)
+        log.step(step, metrics | {"grad_norm": grad_norm, "learning_rate": lr}, tokens)
 
         done = step + 1
-        if done == len(batches) or log.interrupted or done % args.save_steps == 0:
+        if done == len(batches) or interrupted or done % args.save_steps == 0:
             common.save_checkpoint(args, policy, optimizer, done, {})
-        if log.interrupted:
-            common.leave(f"interrupted after step {done}, which is saved; the same command goes on")
-        if test is not None and log.due(done):
+        if interrupted:
+            common.stop_interrupted(done)
+        if test is not None and log.evaluation_due(done):
             evaluate(policy, tokenizer, test, args, log, done)
     common.save_model(args, policy, tokenizer)
     log.close()
     dist.destroy_process_group()
 
 
+# -------------------------------------------------------------------------------------------------- arguments
+
+
+@dataclass
+class Arguments(common.Arguments):
+    """AlphaPO's own arguments; those of all methods are in common.py."""
+
+    beta: float = arg(2.5, "scale of the reward")
+    gamma: float = arg(0.1, "target margin of the rewards")
+    alpha: float = arg(0.25, "shape of the reward; 0 is SimPO")
+    learning_rate: float = arg(7e-7, "peak learning rate of AdamW")
+
+    def __post_init__(self):
+        super().__post_init__()
+        # Dry run: let alphapo_loss check the options before anything is loaded.
+        alphapo_loss(*torch.zeros(2, 1), beta=self.beta, gamma=self.gamma, alpha=self.alpha)
+
+
 if __name__ == "__main__":
-    main(common.parse(Arguments, check, TOY))
+    # So small a model takes a far larger learning rate than one of billions of parameters.
+    main(common.parse(Arguments, learning_rate=3e-5))

@@ -1,19 +1,24 @@
 r"""Contrastive Preference Optimization (Xu et al. 2024, https://arxiv.org/abs/2401.08417), and SimPO.
 
 A policy π learns to prefer the chosen answer y_w to the rejected answer y_l of a prompt x, without a
-reference model: CPO has a uniform one in its place, and imitates chosen answers, so that they stay likely.
+reference model: CPO assumes a uniform one. It also imitates chosen answers, which keeps them likely.
 
     CPO:    -log σ(β log π(y_w|x) - β log π(y_l|x)) - cpo_alpha log π(y_w|x)      eq. 3-6; sums over tokens
     SimPO:  -log σ(β/|y_w| log π(y_w|x) - β/|y_l| log π(y_l|x) - γ)               2405.14734 eq. 6
 
-Preferences: the mean over pairs. Imitation: the mean over all chosen tokens of the batch, as in the
+The first term is averaged over pairs. Imitation is averaged over all chosen tokens of the batch, as in the
 authors' code; the paper writes the sum over a pair's tokens. CPO-SimPO is SimPO with a cpo_alpha above 0.
-Differs from the authors' code: answers are packed, not padded, which changes no result.
+Differs from the authors' code: sequences are packed instead of padded, which changes no result.
+
+What to expect: without a reference there is no common start; the first loss says how well the policy already
+orders the pairs. CPO_EXPECT
 
     python cpo.py                                     the built-in example, about a minute on a laptop
     torchrun --nproc_per_node 8 cpo.py --loss_type simpo --model_name_or_path Qwen/Qwen2-0.5B-Instruct \
         --dataset_name trl-lib/ultrafeedback_binarized --output_dir Qwen2-0.5B-SimPO
 """
+
+from __future__ import annotations
 
 import math
 from dataclasses import dataclass
@@ -24,14 +29,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import common
-from common import TOY_MODEL, Batch, Pairs, arg
+from common import TOY_MODEL, Batch, Data, arg
 
 # --------------------------------------------------------------------------------------------------- the loss
 
-AVERAGED = ("ipo", "simpo", "alphapo")  # of log-probabilities per token: sums divided by lengths
+
+AVERAGED = ("ipo", "simpo", "alphapo")  # on log-probabilities per token: sums divided by lengths
 LOSS_TYPES = ("sigmoid", "hinge", *AVERAGED)
-SMOOTHED = ("sigmoid", "simpo", "alphapo")  # what label_smoothing applies to
-TARGET_MARGIN = ("simpo", "alphapo")  # what simpo_gamma applies to
+SMOOTHED = ("sigmoid", "simpo", "alphapo")  # label_smoothing applies to these
+TARGET_MARGIN = ("simpo", "alphapo")  # simpo_gamma applies to these
 
 
 def cpo_loss(
@@ -44,23 +50,21 @@ def cpo_loss(
     simpo_gamma: float = 0.0,
     alpha: float = 0.0,
 ) -> Tensor:
-    """Losses (B,) of B pairs, from the policy's log-probabilities (B,) of their completions; no imitation.
+    """Losses (B,) of B pairs, from the policy's log-probabilities (B,) of their answers.
 
-    Log-probabilities are sums over the tokens of a completion; for loss types in AVERAGED the caller passes
-    means. `simpo_gamma` is γ itself, of which SimPO's authors list γ/β. `alpha` is AlphaPO's α: where it
-    is not 0, each log-probability t counts as (1 - e^(-αt))/α (alphapo.py explains it). Training minimises
-    the mean of the losses. Raises ValueError for what is not defined.
+    They do not include the imitation term. Log-probabilities are sums over the tokens of an answer; for loss
+    types in AVERAGED the caller passes means. `simpo_gamma` is γ; SimPO's authors list γ/β instead. `alpha`
+    is AlphaPO's α: unless it is 0, each log-probability t is replaced by (1 - e^(-αt))/α (alphapo.py
+    explains it). Training minimises the mean of the losses. Raises ValueError for what is not defined.
     """
     if not beta > 0:
         raise ValueError(f"beta must be positive, not {beta}")
-    if loss_type not in LOSS_TYPES:
-        raise ValueError(f"unknown loss_type '{loss_type}'; known are {', '.join(LOSS_TYPES)}")
     if not 0 <= label_smoothing < 0.5 or (label_smoothing and loss_type not in SMOOTHED):
         raise ValueError(f"label_smoothing must be in [0, 0.5), and is for {', '.join(SMOOTHED)} only")
     if simpo_gamma and loss_type not in TARGET_MARGIN:
         raise ValueError(f"simpo_gamma is for {', '.join(TARGET_MARGIN)} only")
 
-    def classify(margins: Tensor) -> Tensor:  # logistic loss, where a share of the labels may be swapped
+    def classify(margins: Tensor) -> Tensor:  # logistic loss, where a fraction ε of the labels may be flipped
         return -F.logsigmoid(margins) * (1 - label_smoothing) - F.logsigmoid(-margins) * label_smoothing
 
     match loss_type:
@@ -76,6 +80,7 @@ def cpo_loss(
         case "simpo" | "alphapo":
             # SimPO, eq. 6, and AlphaPO, 2501.03884 eq. 4: only margins beyond γ are good enough
             return classify(PowerDifference.apply(chosen_logps, rejected_logps, alpha, beta) - simpo_gamma)
+    raise ValueError(f"unknown loss_type '{loss_type}'; known are {', '.join(LOSS_TYPES)}")
 
 
 class PowerDifference(torch.autograd.Function):
@@ -102,76 +107,32 @@ class PowerDifference(torch.autograd.Function):
         return times_slope(x), -times_slope(y), None, None
 
 
-# -------------------------------------------------------------------------------------------------- arguments
+# ------------------------------------------------------------------------------------------ one training step
 
 
-@dataclass
-class Arguments(common.Arguments):
-    """CPO's own arguments; those of all methods are in common.py."""
+def loss_and_metrics(policy, batch: Batch, args: Arguments) -> tuple[Tensor, dict]:
+    """This micro-batch's additive share of the global-batch mean loss and metrics.
 
-    loss_type: str = arg("sigmoid", f"one of {', '.join(LOSS_TYPES)}")
-    beta: float | None = arg(None, "scale of the margin [0.1; simpo and alphapo 2.5]")
-    cpo_alpha: float | None = arg(None, "weight of imitation [1; simpo and alphapo 0]")
-    simpo_gamma: float | None = arg(None, "target margin γ, not γ/β [simpo 1.375, alphapo 0.1]")
-    alpha: float | None = arg(None, "AlphaPO's α, for every loss type [0; alphapo 0.25]")
-    label_smoothing: float = arg(0.0, "ε: share of pairs with swapped labels")
-    learning_rate: float | None = arg(None, "peak learning rate of AdamW [1e-6; alphapo 7e-7]")
-
-
-# What the options left open are, by loss type: as published, of SimPO for Llama-3-Instruct, of AlphaPO for
-# Mistral-Instruct. The learning rate is that of models with billions of parameters, and of the built-in
-# example.
-OTHERS = {"beta": 0.1, "cpo_alpha": 1.0, "simpo_gamma": 0.0, "alpha": 0.0, "learning_rate": (1e-6, 5e-4)}
-DEFAULTS = {
-    "simpo": OTHERS | {"beta": 2.5, "cpo_alpha": 0.0, "simpo_gamma": 1.375, "learning_rate": (1e-6, 3e-5)},
-    "alphapo": {
-        "beta": 2.5,
-        "cpo_alpha": 0.0,
-        "simpo_gamma": 0.1,
-        "alpha": 0.25,
-        "learning_rate": (7e-7, 3e-5),
-    },
-}
-# The built-in example: a 336k-parameter character model that translates numbers (tests/toy).
-TOY = dict(max_steps=100, batch_size=32, per_device_train_batch_size=32)
-TOY |= dict(per_device_eval_batch_size=250, eval_prompts=500, max_new_tokens=64)
-
-
-def check(args: Arguments) -> None:
-    """Fill in defaults that depend on other arguments; ValueError for what does not go together."""
-    for name, default in DEFAULTS.get(args.loss_type, OTHERS).items():
-        if getattr(args, name) is None:
-            small = args.model_name_or_path == TOY_MODEL
-            setattr(args, name, default[small] if name == "learning_rate" else default)
-    losses_of(torch.zeros(1, 2), args)  # whatever else is wrong cpo_loss says, before any work
-
-
-# -------------------------------------------------------------------------------------------- one micro-batch
-
-
-def losses_of(logps: Tensor, args: Arguments) -> Tensor:
-    """cpo_loss (B,) with the options of `args`, from log-probabilities (B, 2) of chosen and rejected."""
-    return cpo_loss(
-        *logps.unbind(1),
+    A share is a sum over pairs or tokens, divided by their number in the global batch. So neither loss nor
+    gradient depends on how a batch is split over processes and micro-batches.
+    """
+    token_logps = policy.token_logps(batch)  # (2B, L): log π of each token of an answer
+    logps = token_logps.sum(1).view(-1, 2)  # (B, 2): chosen, rejected; CPO sums over tokens
+    values = (
+        logps / batch.completions.sum(1).view(-1, 2) if args.loss_type in AVERAGED else logps
+    )  # SimPO averages
+    losses = cpo_loss(
+        *values.unbind(1),
         beta=args.beta,
         loss_type=args.loss_type,
         label_smoothing=args.label_smoothing,
         simpo_gamma=args.simpo_gamma,
         alpha=args.alpha,
     )
-
-
-def loss_and_metrics(policy, batch: Batch, args: Arguments) -> tuple[Tensor, dict]:
-    """This micro-batch's part of the loss, and of the means of the metrics, of the whole global batch.
-
-    Parts are sums over pairs or tokens divided by their number in the global batch. So they add up, and
-    neither loss nor gradient depends on how the batch is split over processes and micro-batches.
-    """
-    scores = policy.score(batch)
-    logps = batch.sum(scores.token_logps)  # (B, 2); CPO sums over tokens
-    values = logps / batch.lengths if args.loss_type in AVERAGED else logps  # SimPO averages
-    nll_loss = -logps[:, 0].sum() / batch.step_tokens[1]  # a mean over tokens: long answers count for more
-    loss = losses_of(values, args).sum() / batch.step_pairs + args.cpo_alpha * nll_loss
+    nll_loss = (
+        -logps[:, 0].sum() / batch.global_tokens["chosen"]
+    )  # a mean over tokens: long answers count more
+    loss = losses.sum() / batch.global_pairs + args.cpo_alpha * nll_loss
 
     values = values.detach()
     rewards = -torch.expm1(-args.alpha * values) / args.alpha if args.alpha else values
@@ -184,68 +145,102 @@ def loss_and_metrics(policy, batch: Batch, args: Arguments) -> tuple[Tensor, dic
         "logps/chosen": logps[:, 0].sum(),
         "logps/rejected": logps[:, 1].sum(),
     }
-    parts = {name: value / batch.step_pairs for name, value in sums.items()}
-    if policy.balancing_loss:
-        # Of a mixture of experts. It is no sum over pairs: here it is the mean over micro-batches.
-        parts["aux_loss"] = scores.aux_loss * len(batch.lengths) / batch.step_pairs
-        loss = loss + policy.config.router_aux_loss_coef * parts["aux_loss"]
-    return loss, {"loss": loss, "nll_loss": nll_loss} | parts
+    metrics = {name: value / batch.global_pairs for name, value in sums.items()}
+    if policy.router_loss is not None:
+        # A mixture of experts that balances its load. This is no sum over pairs: it is the mean over
+        # micro-batches, weighted by their numbers of pairs.
+        metrics["aux_loss"] = policy.router_loss * len(logps) / batch.global_pairs
+        loss = loss + policy.config.router_aux_loss_coef * metrics["aux_loss"]
+    return loss, {"loss": loss, "nll_loss": nll_loss} | metrics
 
 
 # --------------------------------------------------------------------------------------------------- training
 
 
 @torch.no_grad()
-def evaluate(policy, tokenizer, test: Pairs, args: Arguments, log, step: int) -> None:
-    """The metrics of the test pairs, all of them as one global batch, and completions of test prompts."""
+def evaluate(policy, tokenizer, test: Data, args: Arguments, log, step: int) -> None:
+    """Metrics of the test pairs, all of them as one global batch, and completions of test prompts."""
     rows = common.by_length(test)
     for batch in common.micro_batches(test, rows, args.per_device_eval_batch_size, policy.device):
         log.add(loss_and_metrics(policy, batch, args)[1])
     metrics, samples = common.complete(policy, tokenizer, test, args, step)
-    log.evaluation(step, log.means() | metrics, samples)
+    log.evaluation(step, log.all_reduce()[0] | metrics, samples)
 
 
 def main(args: Arguments) -> None:
     rank, world, device = common.start(args)
-    tokenizer = common.load_tokenizer(args)
-    train, test = common.load_pairs(args, tokenizer)
-    # All batches of the run, (steps, batch_size), are known to all processes.
-    batches = common.global_batches(train.lengths, args)
+    tokenizer = common.load_tokenizer(args.model_name_or_path, args)
+    train, test = common.load_data(args, tokenizer)
+    # All processes know all batches of the run: row numbers, (steps, batch_size).
+    batches = common.global_batches(train, args)
     policy = common.load_model(args.model_name_or_path, args, device, trainable=True)
     optimizer = common.adamw(policy, args)
+    common.claim_output_dir(args)
     first_step = common.resume(args, policy, optimizer, {})
 
-    log = common.Log(args, first_step, len(batches), len(train.rows), device)
-    if test is not None and log.due(first_step):
+    log = common.Log(args, first_step, len(batches), len(train.lengths), device)
+    if test is not None and log.evaluation_due(first_step):
         evaluate(policy, tokenizer, test, args, log, first_step)
     for step in range(first_step, len(batches)):
-        common.seed(args.seed, step, rank)  # what a step depends on, besides the state in checkpoints
-        for group in optimizer.param_groups:
-            group["lr"] = common.learning_rate(step, len(batches), args)
+        common.seed(args.seed, step, rank)  # makes a step reproducible after a resume
+        lr = common.set_learning_rate(optimizer, step, len(batches), args)
         for batch in common.micro_batches(train, batches[step], args.per_device_train_batch_size, device):
             loss, metrics = loss_and_metrics(policy, batch, args)
-            (loss * world).backward()  # fully_shard averages over processes, but these are parts of a sum
+            (loss * world).backward()  # fully_shard averages gradients over processes; shares are to be added
             log.add(metrics)
         grad_norm = common.clip_grad_norm(policy, args.max_grad_norm)
-        if math.isfinite(grad_norm):  # it is the same on all processes; else all skip the step
+        if math.isfinite(grad_norm):  # it is the same on all processes, so all of them skip a bad step
             optimizer.step()
         optimizer.zero_grad()
 
-        metrics = log.means()
+        metrics, interrupted = log.all_reduce()
         tokens = train.lengths[batches[step]].sum()
-        log.step(step, metrics, grad_norm, group["lr"], args.batch_size, tokens)
+        log.step(step, metrics | {"grad_norm": grad_norm, "learning_rate": lr}, tokens)
 
         done = step + 1
-        if done == len(batches) or log.interrupted or done % args.save_steps == 0:
+        if done == len(batches) or interrupted or done % args.save_steps == 0:
             common.save_checkpoint(args, policy, optimizer, done, {})
-        if log.interrupted:
-            common.leave(f"interrupted after step {done}, which is saved; the same command goes on")
-        if test is not None and log.due(done):
+        if interrupted:
+            common.stop_interrupted(done)
+        if test is not None and log.evaluation_due(done):
             evaluate(policy, tokenizer, test, args, log, done)
     common.save_model(args, policy, tokenizer)
     log.close()
     dist.destroy_process_group()
 
 
+# -------------------------------------------------------------------------------------------------- arguments
+
+# Published settings: of SimPO for Llama-3-Instruct, of AlphaPO for Mistral-Instruct. The second learning rate
+# is that of the built-in example: so small a model takes a far larger one than one of billions of parameters.
+OTHERS = {"beta": 0.1, "cpo_alpha": 1.0, "simpo_gamma": 0.0, "alpha": 0.0, "learning_rate": (1e-6, 5e-4)}
+SIMPO = {"beta": 2.5, "cpo_alpha": 0.0, "simpo_gamma": 1.375, "learning_rate": (1e-6, 3e-5)}
+ALPHAPO = {"beta": 2.5, "cpo_alpha": 0.0, "simpo_gamma": 0.1, "alpha": 0.25, "learning_rate": (7e-7, 3e-5)}
+DEFAULTS = {"simpo": OTHERS | SIMPO, "alphapo": OTHERS | ALPHAPO}
+
+
+@dataclass
+class Arguments(common.Arguments):
+    """CPO's own arguments; those of all methods are in common.py."""
+
+    loss_type: str = arg("sigmoid", f"one of {', '.join(LOSS_TYPES)}")
+    beta: float | None = arg(None, "scale of the margin [0.1; simpo and alphapo 2.5]")
+    cpo_alpha: float | None = arg(None, "weight of imitation [1; simpo and alphapo 0]")
+    simpo_gamma: float | None = arg(None, "target margin γ, not γ/β [simpo 1.375, alphapo 0.1]")
+    alpha: float | None = arg(None, "AlphaPO's α, for every loss type [0; alphapo 0.25]")
+    label_smoothing: float = arg(0.0, "ε: fraction of flipped labels")
+    learning_rate: float | None = arg(None, "peak learning rate of AdamW [1e-6; alphapo 7e-7]")
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name, default in DEFAULTS.get(self.loss_type, OTHERS).items():
+            if getattr(self, name) is None:
+                is_toy = self.model_name_or_path == TOY_MODEL
+                setattr(self, name, default[is_toy] if name == "learning_rate" else default)
+        # Dry run: let cpo_loss check the options before anything is loaded.
+        options = {"beta": self.beta, "loss_type": self.loss_type, "label_smoothing": self.label_smoothing}
+        cpo_loss(*torch.zeros(2, 1), **options, simpo_gamma=self.simpo_gamma, alpha=self.alpha)
+
+
 if __name__ == "__main__":
-    main(common.parse(Arguments, check, TOY))
+    main(common.parse(Arguments))

@@ -1,29 +1,34 @@
 r"""Exploratory Preference Optimization (Xie et al. 2024, https://arxiv.org/abs/2405.21046), online.
 
-At every step the policy π and the reference π_ref answer each prompt x once, with y and ỹ; a reward model
-or a judge says which answer is better; DPO learns from that pair. And a bonus for optimism: the policy
-gives up what the reference would have said, to leave probability for answers that nobody has tried.
+At every step, the policy π and the reference π_ref answer each prompt x once, with y and ỹ. A reward model or
+a judge says which answer is better, and DPO learns from that pair. A bonus for optimism is added: the policy
+lowers the probability of the reference's answer, which leaves probability for answers that nobody has tried.
 
     loss = -log σ(β log π(y_w|x)/π_ref(y_w|x) - β log π(y_l|x)/π_ref(y_l|x)) + α log π(ỹ|x)     Algorithm 1
 
-The bonus acts on ỹ, the reference's answer, whoever wins. Log-probabilities are sums over tokens, the loss
-is the mean over prompts. α = 0 is online DPO. Differs from the paper: one step of AdamW on a batch of new
-pairs, where Algorithm 1 minimises over all pairs so far; the better score is the label, not a draw from the
-scores' preference; and the last policy is the result, not the best so far.
+y_w is the better of y and ỹ, and y_l the other one. The bonus acts on ỹ, whichever wins. Log-probabilities
+are sums over tokens, and the loss is a mean over prompts. α = 0 is online DPO.
+
+Differs from the paper: one step of AdamW on a batch of new pairs, where Algorithm 1 minimises over all pairs
+so far; the better score is the label, where the paper draws it from a preference probability; and the last
+policy is the result, not the best so far.
+
+What to expect: XPO_EXPECT
 
     python xpo.py                                     the built-in example, about two minutes on a laptop
     torchrun --nproc_per_node 8 xpo.py --model_name_or_path Qwen/Qwen2-0.5B-Instruct \
         --reward_model_path trl-lib/Qwen2-0.5B-Reward --dataset_name trl-lib/ultrafeedback-prompt
 """
 
+from __future__ import annotations
+
 import importlib.util
-import json
 import math
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -33,7 +38,7 @@ from torch import Tensor
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import common
-from common import TOY_MODEL, Batch, Pairs, arg
+from common import TOY_MODEL, Batch, Data, arg
 
 # --------------------------------------------------------------------------------------------------- the loss
 
@@ -51,16 +56,16 @@ def xpo_loss(
 ) -> Tensor:
     """Losses (B,) of B prompts, from log-probabilities (B,) of the policy's sample y and the reference's ỹ.
 
-    The first two are the policy's log-probabilities of y and of ỹ, the next two the reference's;
-    policy_wins (B,), bool, says whether y is the better. Sums over tokens; for "ipo" the caller passes
-    means, and α|ỹ| for alpha. Training minimises the mean of the losses. Raises ValueError for what is not
-    defined. Source: Algorithm 1.
+    The first two are the policy's log-probabilities of y and of ỹ, the next two the reference's.
+    policy_wins (B,), bool, says whether y is the better answer. Log-probabilities are sums over tokens; for
+    "ipo" the caller passes means, and α|ỹ| for alpha. Training minimises the mean of the losses. Raises
+    ValueError for what is not defined. Source: Algorithm 1.
     """
     if not beta > 0:
         raise ValueError(f"beta must be positive, not {beta}")
     log_ratios, log_ratios_of_ref_sample = logps - ref_logps, logps_of_ref_sample - ref_logps_of_ref_sample
     difference = log_ratios - log_ratios_of_ref_sample
-    difference = torch.where(policy_wins, difference, -difference)  # chosen less rejected
+    difference = torch.where(policy_wins, difference, -difference)  # chosen minus rejected
     match loss_type:
         case "sigmoid":  # DPO
             losses = -F.logsigmoid(beta * difference)
@@ -71,92 +76,138 @@ def xpo_loss(
     return losses + alpha * logps_of_ref_sample
 
 
-# -------------------------------------------------------------------------------------------------- arguments
+# ------------------------------------------------------------------------------------------ one training step
+
+
+def loss_and_metrics(
+    policy, reference, batch: Batch, policy_wins: Tensor, args: Arguments, epoch: int
+) -> tuple[Tensor, dict]:
+    """This micro-batch's additive share of the global-batch mean loss and metrics.
+
+    The two rows of a pair are the policy's answer y and the reference's ỹ; policy_wins (B,), bool, says
+    whether y is the better one. A share is a sum over pairs, divided by their number in the global batch. So
+    neither loss nor gradient depends on how a batch is split over processes and micro-batches.
+    """
+    alpha, beta = at(args.alpha, epoch), at(args.beta, epoch)
+    with torch.no_grad():  # first, because it stores no activations
+        ref_logps = reference.token_logps(batch).sum(1).view(-1, 2)  # (B, 2): of y and ỹ
+    token_logps = policy.token_logps(batch)  # (2B, L): log π of each token of an answer
+    logps = token_logps.sum(1).view(-1, 2)  # (B, 2): of y and ỹ; XPO sums over tokens
+    lengths = batch.completions.sum(1).view(-1, 2)  # (B, 2)
+    divisors = (
+        lengths if args.loss_type == "ipo" else torch.ones_like(lengths)
+    )  # IPO averages; the bonus does not
+    losses = xpo_loss(
+        *(logps / divisors).unbind(1),
+        *(ref_logps / divisors).unbind(1),
+        policy_wins,
+        beta=beta,
+        alpha=alpha * divisors[:, 1],
+        loss_type=args.loss_type,
+    )
+    loss = losses.sum() / batch.global_pairs
+
+    bonus = alpha * logps[:, 1].detach()
+    log_ratios = (logps - ref_logps).detach()  # (B, 2): of y and ỹ; sums over tokens, also for IPO
+    won = policy_wins[:, None]
+    chosen_first = torch.where(won, logps.detach(), logps.detach().flip(1))  # (B, 2): of y_w and y_l
+    rewards = beta * torch.where(won, log_ratios, log_ratios.flip(1))  # (B, 2): of y_w and y_l
+    sums = {
+        "loss/dpo": (losses.detach() - bonus).sum(),
+        "loss/xpo": bonus.sum(),
+        # An estimate of KL(π || π_ref), if samples are drawn at temperature 1 and from all tokens.
+        "objective/policy_kl": log_ratios[:, 0].sum(),
+        # TRL's means over both answers, under TRL's names; they are not a KL divergence and not an entropy.
+        "objective/kl": log_ratios.sum() / 2,
+        "objective/entropy": -logps.detach().sum() / 2,
+        "rewards/chosen": rewards[:, 0].sum(),
+        "rewards/rejected": rewards[:, 1].sum(),
+        "rewards/accuracies": (rewards[:, 0] > rewards[:, 1]).sum(),
+        "rewards/margins": (rewards[:, 0] - rewards[:, 1]).sum(),
+        "logps/chosen": chosen_first[:, 0].sum(),
+        "logps/rejected": chosen_first[:, 1].sum(),
+    }
+    metrics = {name: value / batch.global_pairs for name, value in sums.items()}
+    if policy.router_loss is not None:
+        # A mixture of experts that balances its load. This is no sum over pairs: it is the mean over
+        # micro-batches, weighted by their numbers of pairs.
+        metrics["aux_loss"] = policy.router_loss * len(logps) / batch.global_pairs
+        loss = loss + policy.config.router_aux_loss_coef * metrics["aux_loss"]
+    return loss, {"loss": loss} | metrics
+
+
+def at(values: list[float], epoch: int) -> float:
+    """The value of an epoch; the last value of a schedule holds for later ones."""
+    return values[min(epoch, len(values) - 1)]
+
+
+# ---------------------------------------------------------------------------------------- samples and scores
 
 
 @dataclass
-class Arguments(common.Arguments):
-    """XPO's own arguments; those of all methods are in common.py. A pair is a prompt and its two samples."""
+class Samples:
+    """The answers of both models to B prompts, and which is better."""
 
-    reward_model_path: str | None = arg(None, "a sequence classifier of one output: Hub or directory")
-    judge: str | None = arg(None, "or path/to/file.py:function, of prompts and pairs of answers")
-    alpha: list[float] = arg([1e-5], "weight of the exploration bonus: one value, or one per epoch")
-    beta: list[float] = arg([0.1], "strength of the tie to the reference: one value, or one per epoch")
-    loss_type: str = arg("sigmoid", "or ipo")
-    learning_rate: float = arg(5e-7, "peak learning rate of AdamW")
-    missing_eos_penalty: float | None = arg(None, "subtracted from the score of a completion without EOS")
-    temperature: float = arg(1.0, "of the samples; 1 is the models' own distribution, as in the paper")
-    top_p: float = arg(1.0, "sample from the likeliest tokens with this probability together")
-    top_k: int = arg(0, "sample from so many tokens; 0: from all")
-    min_p: float | None = arg(None, "sample from tokens with this share of the likeliest one's probability")
-    sync_ref_model: bool = arg(False, "let the reference follow the policy (TR-DPO, 2404.09656)")
-    ref_model_sync_steps: int = arg(512, "steps between these updates")
-    ref_model_mixup_alpha: float = arg(0.6, "share of the policy in the updated reference")
+    tokens: list[tuple[list[int], list[int], list[int]]]  # of the prompt, the policy's y, the reference's ỹ
+    texts: list[tuple[str, str]]  # of y and ỹ
+    preferences: Tensor  # (B,) 1 if y is better, -1 if ỹ is, 0 if neither
+    scores: Tensor | None  # (B, 2) of y and ỹ; a judge gives none
+    ended: Tensor  # (B, 2) bool: whether y and ỹ end in EOS
+    seconds: dict[str, float]
 
 
-# The built-in example: a 336k-parameter character model that translates numbers (tests/toy). So small a model
-# takes a far larger learning rate than one of billions of parameters.
-TOY = dict(learning_rate=3e-4, max_steps=60, batch_size=32, per_device_train_batch_size=32)
-TOY |= dict(per_device_eval_batch_size=250, eval_prompts=500, max_new_tokens=64)
-
-
-def check(args: Arguments) -> None:
-    """ValueError for what is not defined or does not go together."""
-    if not args.judge and args.model_name_or_path == TOY_MODEL:
-        args.reward_model_path = args.reward_model_path or str(Path(TOY_MODEL).parent / "reward")
-    if (args.reward_model_path is None) == (args.judge is None):
-        raise ValueError("give --reward_model_path or --judge, one of them: it says which answer is better")
-    if args.judge and args.missing_eos_penalty is not None:
-        raise ValueError("missing_eos_penalty changes scores, but a judge gives none")
-    if not args.temperature > 0:
-        raise ValueError(f"temperature must be positive, not {args.temperature}: the method needs samples")
-    if not (0 < args.top_p <= 1 and args.top_k >= 0 and 0 <= (args.min_p or 0) <= 1):
-        raise ValueError("top_p must be in (0, 1], top_k at least 0, min_p in [0, 1]")
-    if not args.alpha or min(args.alpha) < 0:
-        raise ValueError(f"alpha must be one or more values of at least 0, not {args.alpha}")
-    if args.max_new_tokens >= args.max_length:
-        raise ValueError(f"max_length {args.max_length} has to exceed max_new_tokens {args.max_new_tokens}")
-    if not 0 <= args.ref_model_mixup_alpha <= 1:
-        raise ValueError(f"ref_model_mixup_alpha must be in [0, 1], not {args.ref_model_mixup_alpha}")
-    if args.ref_model_sync_steps < 1:
-        raise ValueError(f"ref_model_sync_steps must be at least 1, not {args.ref_model_sync_steps}")
+def sample(policy, reference, decide: Callable, tokenizer, data: Data, rows, args: Arguments) -> Samples:
+    """Let both models answer the prompts of these rows, and `decide` score or judge the answers."""
+    start = time.perf_counter()
+    prompts, eos = data.tokens[rows]["prompt"], common.eos_ids(policy, tokenizer)
+    options = sampling(args)
+    answers = [common.generate(model, tokenizer, prompts, args, **options) for model in (policy, reference)]
+    generated = time.perf_counter()
+    ended = torch.tensor([[y[-1] in eos for y in pair] for pair in zip(*answers, strict=True)])
+    # Who decides sees all tokens that are trained on, special ones as well, but for a final EOS.
+    visible = [[y[:-1] if y[-1] in eos else y for y in part] for part in answers]
+    texts = [common.decode_answers(tokenizer, prompts, part, skip_special_tokens=False) for part in visible]
+    raw_prompts = [common.split_prompt(data.raw[int(row)])[0] for row in rows]  # texts or messages
     if args.judge:
-        load_judge(args.judge)
-    zero = torch.zeros(1)
-    if not args.beta:
-        raise ValueError("beta must be one or more values")
-    for beta in args.beta:  # whatever else is wrong xpo_loss says, before any work
-        xpo_loss(zero, zero, zero, zero, zero > 0, beta=beta, loss_type=args.loss_type)
+        scores, preferences = None, judge_pairs(decide, raw_prompts, texts)
+    else:
+        columns = zip(texts, ended.T.tolist(), strict=True)
+        scores = torch.stack([decide(raw_prompts, *column).cpu() for column in columns], dim=1)
+        if not scores.isfinite().all():
+            common.fail("the reward model gave a score that is not finite", alone=True)
+        scores = scores - (args.missing_eos_penalty or 0.0) * ~ended
+        preferences = (scores[:, 0] - scores[:, 1]).sign()
+    seconds = {"time/generation": generated - start, "time/scoring": time.perf_counter() - generated}
+    tokens = list(zip(prompts, *answers, strict=True))
+    return Samples(tokens, list(zip(*texts, strict=True)), preferences, scores, ended, seconds)
 
 
-# ----------------------------------------------------------------------------------------- samples and scores
+def sampling(args: Arguments) -> dict:
+    """Options for generate()."""
+    options = {"do_sample": True, "temperature": args.temperature, "top_p": args.top_p, "top_k": args.top_k}
+    return options | ({} if args.min_p is None else {"min_p": args.min_p})
 
 
-def tokenize_prompt(row: dict, tokenizer, max_length: int, *, max_new_tokens: int) -> dict:
-    """Token ids `prompt`, and `raw`, the prompt as JSON; or the `problem` that forbids to train on it."""
-    result = {"prompt": [], "chosen": [], "rejected": [], "raw": "", "problem": "", "moved": False}
-    prompt = row.get("prompt")
-    if row.get("chosen") and row.get("rejected"):
-        prompt = common.split_prompt(prompt, row["chosen"], row["rejected"])[0]
-    if not prompt:
-        return result | {"problem": "the prompt is empty"}
-    try:
-        ids = common.encode(tokenizer, prompt)
-    except Exception as error:  # whatever a template does with what it was not written for
-        return result | {"problem": f"the chat template refuses it: {common.first_line(error)}"}
-    if not ids:
-        return result | {"problem": "the prompt is empty"}
-    if len(ids) > max_length - max_new_tokens:
-        return result | {"problem": f"the prompt leaves no room for {max_new_tokens} more tokens"}
-    return result | {"prompt": ids, "raw": json.dumps(prompt)}
+def judge_pairs(judge: Callable, prompts: list, texts: list[list[str]]) -> Tensor:
+    """Preferences (B,) of a judge, which sees each pair in random order, so that it favours neither model."""
+    swapped = (torch.rand(len(prompts)) < 0.5).tolist()
+    pairs = [(b, a) if swap else (a, b) for a, b, swap in zip(*texts, swapped, strict=True)]
+    better = judge(prompts, pairs)
+    if len(better) != len(pairs) or not {*better} <= {0, 1, -1}:
+        common.fail(
+            f"the judge must return 0, 1 or -1 for each of {len(pairs)} pairs, not {better}", alone=True
+        )
+    sides = {0: 1, 1: -1, -1: 0}
+    return torch.tensor([sides[b] * (-1 if swap else 1) for b, swap in zip(better, swapped, strict=True)])
 
 
 @cache
 def load_judge(path: str) -> Callable:
     """The function of `path/to/file.py:function`. It runs that file: ValueError if there is none.
 
-    It takes prompts (texts or lists of messages) and pairs of answers (texts), and returns a list: for each
-    pair 0 if the first is better, 1 if the second is, -1 if neither.
+    The function takes prompts (texts or lists of messages) and pairs of answers (texts), and returns a list:
+    for each pair 0 if the first answer is better, 1 if the second is, -1 for a tie. A tie counts as a win of
+    the policy, as equal scores do; a judge that abstains should say which answer it would rather see.
     """
     file, _, name = path.rpartition(":")
     if not (file.endswith(".py") and Path(file).is_file()):
@@ -169,8 +220,12 @@ def load_judge(path: str) -> Callable:
     return getattr(module, name)
 
 
-def load_scorer(args: Arguments, device: torch.device, prompt) -> Callable[[list, list[str]], Tensor]:
-    """A function of prompts (texts or messages, as `prompt`) and completions (texts): the scores (B,)."""
+def load_scorer(
+    args: Arguments, device: torch.device, prompt
+) -> Callable[[list, list[str], list[bool]], Tensor]:
+    """The reward model as a function: prompts (texts or messages, as `prompt`), answers, whether they ended,
+    to scores (B,).
+    """
     tokenizer = common.from_pretrained(AutoTokenizer, args.reward_model_path, args)
     if isinstance(prompt, list) and not tokenizer.chat_template:
         common.fail("the prompts are conversations, but the reward model's tokenizer has no chat template")
@@ -180,136 +235,37 @@ def load_scorer(args: Arguments, device: torch.device, prompt) -> Callable[[list
     if model.config.num_labels != 1:
         common.fail(f"{args.reward_model_path} has {model.config.num_labels} outputs; a reward model has one")
     model = common.shard(model.eval().requires_grad_(False), args, device, reshard_after_forward=True)
+    config = model.config.get_text_config()
+    longest_input = getattr(config, "max_position_embeddings", None) or sys.maxsize
+
+    def encode(prompt, answer: str, ended: bool) -> list[int]:
+        completion = answer if isinstance(prompt, str) else [{"role": "assistant", "content": answer}]
+        try:
+            ids = common.encode(tokenizer, prompt, completion, ended=ended)
+        except ValueError:  # a template that rewrites the last turn cannot leave it open
+            ids = common.encode(tokenizer, prompt, completion)
+        return ids[-longest_input:]  # of too long a conversation, its end
 
     @torch.no_grad()
-    def scores(prompts: list, completions: list[str]) -> Tensor:
-        rows = []
-        for prompt, completion in zip(prompts, completions, strict=True):
-            turn = [{"role": "assistant", "content": completion}]
-            rows.append(common.encode(tokenizer, prompt, completion if isinstance(prompt, str) else turn))
-        found = []
-        for start in range(0, len(rows), args.per_device_eval_batch_size):
-            part = rows[start : start + args.per_device_eval_batch_size]
-            longest, used = max(map(len, part)), {token for row in part for token in row}
-            # The model takes the score from the last token that is not padding: so padding has to be a
-            # token that no text contains, which EOS, often used for it, is not.
-            pad = next(token for token in range(len(used) + 1) if token not in used)
-            model.config.get_text_config().pad_token_id = pad
-            ids = torch.tensor([row + [pad] * (longest - len(row)) for row in part], device=device)
-            mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in part], device=device)
+    def scores(prompts: list, answers: list[str], ended: list[bool]) -> Tensor:
+        sequences, found = [*map(encode, prompts, answers, ended)], []
+        for start in range(0, len(sequences), args.per_device_eval_batch_size):
+            part = sequences[start : start + args.per_device_eval_batch_size]
+            longest, used = max(map(len, part)), {token for ids in part for token in ids}
+            # The model takes the score from the last token that is not padding. So padding has to be a token
+            # that no text contains, which EOS, often used for it, is not.
+            config.pad_token_id = next(token for token in range(len(used) + 1) if token not in used)
+            ids = [ids + [config.pad_token_id] * (longest - len(ids)) for ids in part]
+            mask = [[1] * len(ids) + [0] * (longest - len(ids)) for ids in part]
+            ids, mask = torch.tensor(ids, device=device), torch.tensor(mask, device=device)
             found.append(model(input_ids=ids, attention_mask=mask).logits[:, 0].float())
         return torch.cat(found)
 
     return scores
 
 
-@dataclass
-class Samples:
-    """The answers of both models to B prompts, and which is better."""
-
-    tokens: list[tuple[list[int], list[int], list[int]]]  # of prompt, the policy's y, the reference's ỹ
-    texts: list[tuple[str, str]]  # of y and ỹ
-    preferences: Tensor  # (B,) 1 if y is better, -1 if ỹ is, 0 if neither
-    scores: Tensor | None  # (B, 2) of y and ỹ; a judge gives none
-    ended: Tensor  # (B, 2) whether they end in EOS
-    seconds: dict[str, float]
-
-    def count_tokens(self) -> int:
-        return sum(len(tokens) for prompt_and_answers in self.tokens for tokens in prompt_and_answers)
-
-
-def sampling(args: Arguments) -> dict:
-    """How completions are sampled, for generate()."""
-    options = {"do_sample": True, "temperature": args.temperature, "top_p": args.top_p, "top_k": args.top_k}
-    return options | ({} if args.min_p is None else {"min_p": args.min_p})
-
-
-def sample(policy, reference, decide: Callable, tokenizer, rows: dict, args: Arguments) -> Samples:
-    """Both models' answers to the prompts of these rows, scored or judged by `decide`."""
-    start = time.perf_counter()
-    models, options = (policy, reference), sampling(args)
-    answers = [common.generate(model, tokenizer, rows["prompt"], args, **options) for model in models]
-    generated = time.perf_counter()
-    texts = [common.decode_answers(tokenizer, rows["prompt"], part) for part in answers]
-    prompts, eos = [json.loads(raw) for raw in rows["raw"]], common.eos_ids(policy, tokenizer)
-    ended = torch.tensor([[answer[-1] in eos for answer in pair] for pair in zip(*answers, strict=True)])
-    scores = None
-    if args.judge:
-        # In random order: a judge that favours the first answer is not to favour a model.
-        swapped = (torch.rand(len(prompts)) < 0.5).tolist()
-        pairs = [(b, a) if swap else (a, b) for a, b, swap in zip(*texts, swapped, strict=True)]
-        better = decide(prompts, pairs)
-        if len(better) != len(pairs) or not {*better} <= {0, 1, -1}:
-            wanted = f"0, 1 or -1 for each of {len(pairs)} pairs"
-            common.fail(f"the judge must return {wanted}, not {better}", alone=True)
-        sides = [(1, -1, 0)[b] * (-1 if swap else 1) for b, swap in zip(better, swapped, strict=True)]
-        preferences = torch.tensor(sides)
-    else:
-        scores = torch.stack([decide(prompts, part).cpu() for part in texts], dim=1)
-        if not scores.isfinite().all():
-            common.fail("the reward model gave a score that is not finite", alone=True)
-        if args.missing_eos_penalty is not None:
-            scores = scores - args.missing_eos_penalty * ~ended
-        preferences = (scores[:, 0] - scores[:, 1]).sign()
-    seconds = {"time/generation": generated - start, "time/scoring": time.perf_counter() - generated}
-    tokens = list(zip(rows["prompt"], *answers, strict=True))
-    return Samples(tokens, list(zip(*texts, strict=True)), preferences, scores, ended, seconds)
-
-
-# -------------------------------------------------------------------------------------------- one micro-batch
-
-
-def loss_and_metrics(policy, reference, batch: Batch, wins: Tensor, args: Arguments, epoch: int):
-    """This micro-batch's part of the loss, and of the means of the metrics, of the whole global batch.
-
-    Its "chosen" are the policy's samples and its "rejected" the reference's; wins (B,), bool, says which is
-    better. Parts are sums over pairs divided by the number of pairs in the global batch. So they add up,
-    and neither loss nor gradient depends on how the batch is split over processes and micro-batches.
-    """
-    alpha, beta = at(args.alpha, epoch), at(args.beta, epoch)
-    with torch.no_grad():  # first, for memory: it keeps nothing for a backward pass
-        ref_logps = batch.sum(reference.score(batch).token_logps)  # (B, 2)
-    scores = policy.score(batch)
-    logps = batch.sum(scores.token_logps)  # (B, 2); XPO sums over tokens
-    averages = args.loss_type == "ipo"  # IPO averages; the bonus is a sum nonetheless
-    divisor = batch.lengths if averages else torch.ones_like(batch.lengths)  # (B, 2)
-    values, ref_values = (logps / divisor).unbind(1), (ref_logps / divisor).unbind(1)
-    options = {"beta": beta, "alpha": alpha * divisor[:, 1], "loss_type": args.loss_type}
-    losses = xpo_loss(*values, *ref_values, wins, **options)
-    loss = losses.sum() / batch.step_pairs
-
-    bonus = alpha * logps[:, 1].detach()
-    log_ratios = (logps - ref_logps).detach()  # (B, 2)
-    labelled = torch.where(wins[:, None], logps.detach(), logps.detach().flip(1))  # (B, 2): chosen, rejected
-    rewards = beta * torch.where(wins[:, None], log_ratios, log_ratios.flip(1))  # (B, 2): chosen, rejected
-    sums = {
-        "loss/dpo": (losses.detach() - bonus).sum(),
-        "loss/xpo": bonus.sum(),
-        "objective/kl": log_ratios.sum() / 2,  # over both samples, as TRL had it: no KL divergence
-        "objective/policy_kl": log_ratios[:, 0].sum(),  # KL(π || π_ref), estimated on the policy's samples
-        "objective/entropy": -labelled.sum() / 2,  # and this, of both samples, no entropy
-        "rewards/chosen": rewards[:, 0].sum(),
-        "rewards/rejected": rewards[:, 1].sum(),
-        "rewards/accuracies": (rewards[:, 0] > rewards[:, 1]).sum(),
-        "rewards/margins": (rewards[:, 0] - rewards[:, 1]).sum(),
-        "logps/chosen": labelled[:, 0].sum(),
-        "logps/rejected": labelled[:, 1].sum(),
-    }
-    parts = {name: value / batch.step_pairs for name, value in sums.items()}
-    if policy.balancing_loss:
-        # Of a mixture of experts. It is no sum over pairs: here it is the mean over micro-batches.
-        parts["aux_loss"] = scores.aux_loss * len(batch.lengths) / batch.step_pairs
-        loss = loss + policy.config.router_aux_loss_coef * parts["aux_loss"]
-    return loss, {"loss": loss} | parts
-
-
-def at(values: list[float], epoch: int) -> float:
-    """The value of an epoch: the last of a schedule holds."""
-    return values[min(epoch, len(values) - 1)]
-
-
-def sample_metrics(samples: Samples, total: int) -> dict[str, Tensor]:
-    """These samples' part of the means over `total` prompts."""
+def sample_metrics(samples: Samples, total: int) -> dict[str, Tensor | float]:
+    """These samples' share of the means over `total` prompts. The names are TRL's, also `val/`."""
     sums = {
         "objective/win_rate": (samples.preferences > 0).sum() + (samples.preferences == 0).sum() / 2,
         "val/model_contain_eos_token": samples.ended[:, 0].sum(),
@@ -327,83 +283,148 @@ def sample_metrics(samples: Samples, total: int) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def evaluate(policy, reference, decide, tokenizer, test: Pairs, args: Arguments, log, step: int) -> None:
-    """How often the policy's samples beat the reference's on test prompts, and completions of them."""
+def evaluate(policy, reference, decide, tokenizer, test: Data, args: Arguments, log, step: int) -> None:
+    """How often the policy's answers beat the reference's on test prompts, and completions of these."""
     metrics, completions = common.complete(policy, tokenizer, test, args, step)
-    if not completions:  # no prompts, or fewer than processes
+    if not completions:  # there are fewer prompts than processes
         return log.evaluation(step, metrics, completions)
-    prompts, rank, world = len(completions), dist.get_rank(), dist.get_world_size()
-    rows = test.rows[range(rank, prompts, world)]
-    samples = sample(policy, reference, decide, tokenizer, rows, args)
-    log.add(sample_metrics(samples, prompts))
-    repeated = [prompt for prompt in rows["prompt"] for _ in range(4)]
+    total = len(completions)
+    rows = range(dist.get_rank(), total, dist.get_world_size())
+    samples = sample(policy, reference, decide, tokenizer, test, rows, args)
+    log.add(sample_metrics(samples, total))
+    repeated = [prompt for prompt, _, _ in samples.tokens for _ in range(4)]
     four = common.generate(policy, tokenizer, repeated, args, **sampling(args))
     distinct = [len({tuple(y) for y in four[i : i + 4]}) for i in range(0, len(four), 4)]
-    log.add({"distinct_of_4": sum(distinct) / prompts})
+    log.add({"distinct_of_4": sum(distinct) / total})
     columns = {"texts": samples.texts, "preference": samples.preferences.tolist()}
     columns |= {} if samples.scores is None else {"scores": samples.scores.tolist()}
-    found = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
-    completions = [a | b for a, b in zip(completions, common.gather_rows(found), strict=True)]
-    log.evaluation(step, log.means() | metrics, completions)
+    completions = [a | b for a, b in zip(completions, common.gather_rows(columns), strict=True)]
+    log.evaluation(step, log.all_reduce()[0] | metrics, completions)
 
 
 def main(args: Arguments) -> None:
     rank, world, device = common.start(args)
-    tokenizer = common.load_tokenizer(args)
-    tokenize = partial(tokenize_prompt, max_new_tokens=args.max_new_tokens)
-    train, test = common.load_pairs(args, tokenizer, tokenize=tokenize)
-    # All batches of the run, (steps, batch_size), are known to all processes.
-    batches = common.global_batches(train.lengths, args)
+    tokenizer = common.load_tokenizer(args.model_name_or_path, args)
+    train, test = common.load_data(args, tokenizer, completions=())
+    # All processes know all batches of the run: row numbers, (steps, batch_size).
+    batches = common.global_batches(train, args)
     policy = common.load_model(args.model_name_or_path, args, device, trainable=True)
-    compact = not args.sync_ref_model
-    reference = common.load_model(args.model_name_or_path, args, device, trainable=False, compact=compact)
-    prompt = json.loads(train.rows[0]["raw"])
+    options = {"trainable": False, "updated": args.sync_ref_model}
+    reference = common.load_model(args.model_name_or_path, args, device, **options)
+    prompt = common.split_prompt(train.raw[0])[0]
     decide = load_judge(args.judge) if args.judge else load_scorer(args, device, prompt)
     optimizer = common.adamw(policy, args)
-    extra = {"reference": reference.state_dict()} if args.sync_ref_model else {}
-    first_step = common.resume(args, policy, optimizer, extra)
+    method_state = {"reference": reference.state_dict()} if args.sync_ref_model else {}
+    common.claim_output_dir(args)
+    first_step = common.resume(args, policy, optimizer, method_state)
 
-    log = common.Log(args, first_step, len(batches), len(train.rows), device)
-    if test is not None and log.due(first_step):
+    log = common.Log(args, first_step, len(batches), len(train.lengths), device)
+    if test is not None and log.evaluation_due(first_step):
         evaluate(policy, reference, decide, tokenizer, test, args, log, first_step)
     for step in range(first_step, len(batches)):
-        common.seed(args.seed, step, rank)  # what a step depends on, besides the state in checkpoints
-        for group in optimizer.param_groups:
-            group["lr"] = common.learning_rate(step, len(batches), args)
-        epoch = step // (len(train.rows) // args.batch_size)
-        samples = sample(policy, reference, decide, tokenizer, train.rows[batches[step][rank::world]], args)
-        wins, start = samples.preferences.to(device) >= 0, time.perf_counter()  # a tie counts for the policy
-        for i in range(0, len(wins), args.per_device_train_batch_size):
+        common.seed(args.seed, step, rank)  # makes a step reproducible after a resume
+        lr = common.set_learning_rate(optimizer, step, len(batches), args)
+        epoch = step // (len(train.lengths) // args.batch_size)
+        samples = sample(policy, reference, decide, tokenizer, train, batches[step][rank::world], args)
+        policy_wins, start = (
+            samples.preferences.to(device) >= 0,
+            time.perf_counter(),
+        )  # ties count for the policy
+        for i in range(0, len(policy_wins), args.per_device_train_batch_size):
             part = slice(i, i + args.per_device_train_batch_size)
-            batch = common.pack(samples.tokens[part], device, step_pairs=args.batch_size)
-            loss, metrics = loss_and_metrics(policy, reference, batch, wins[part], args, epoch)
-            (loss * world).backward()  # fully_shard averages over processes, but these are parts of a sum
+            batch = common.collate(samples.tokens[part], device, global_pairs=args.batch_size)
+            loss, metrics = loss_and_metrics(policy, reference, batch, policy_wins[part], args, epoch)
+            (loss * world).backward()  # fully_shard averages gradients over processes; shares are to be added
             log.add(metrics)
         grad_norm = common.clip_grad_norm(policy, args.max_grad_norm)
-        if math.isfinite(grad_norm):  # it is the same on all processes; else all skip the step
+        if math.isfinite(grad_norm):  # it is the same on all processes, so all of them skip a bad step
             optimizer.step()
         optimizer.zero_grad()
 
         seconds = samples.seconds | {"time/training": time.perf_counter() - start}
-        log.add({name: value / world for name, value in seconds.items()} | {"tokens": samples.count_tokens()})
+        log.add({name: value / world for name, value in seconds.items()})
         log.add(sample_metrics(samples, args.batch_size))
-        metrics = log.means() | {"alpha": at(args.alpha, epoch), "beta": at(args.beta, epoch)}
+        log.add({"tokens": sum(len(ids) for three in samples.tokens for ids in three)})
+        metrics, interrupted = log.all_reduce()
+        metrics |= {"alpha": at(args.alpha, epoch), "beta": at(args.beta, epoch)}
         if args.sync_ref_model and (step + 1) % args.ref_model_sync_steps == 0:
             for old, new in zip(reference.parameters(), policy.parameters(), strict=True):
                 old.data.lerp_(new.data, args.ref_model_mixup_alpha)
-        log.step(step, metrics, grad_norm, group["lr"], args.batch_size, metrics.pop("tokens"))
+        tokens = metrics.pop("tokens")
+        log.step(step, metrics | {"grad_norm": grad_norm, "learning_rate": lr}, tokens)
 
         done = step + 1
-        if done == len(batches) or log.interrupted or done % args.save_steps == 0:
-            common.save_checkpoint(args, policy, optimizer, done, extra)
-        if log.interrupted:
-            common.leave(f"interrupted after step {done}, which is saved; the same command goes on")
-        if test is not None and log.due(done):
+        if done == len(batches) or interrupted or done % args.save_steps == 0:
+            common.save_checkpoint(args, policy, optimizer, done, method_state)
+        if interrupted:
+            common.stop_interrupted(done)
+        if test is not None and log.evaluation_due(done):
             evaluate(policy, reference, decide, tokenizer, test, args, log, done)
     common.save_model(args, policy, tokenizer)
     log.close()
     dist.destroy_process_group()
 
 
+# -------------------------------------------------------------------------------------------------- arguments
+
+
+@dataclass
+class Arguments(common.Arguments):
+    """XPO's own arguments; those of all methods are in common.py. A pair is a prompt and its two samples."""
+
+    reward_model_path: str | None = arg(None, "a sequence classifier with one output: Hub name or directory")
+    judge: str | None = arg(None, "or path/to/file.py:function of prompts and pairs of answers")
+    alpha: list[float] = arg([1e-5], "weight of the exploration bonus: one value, or one per epoch")
+    beta: list[float] = arg([0.1], "strength of the tie to the reference: one value, or one per epoch")
+    loss_type: str = arg("sigmoid", "or ipo")
+    learning_rate: float = arg(5e-7, "peak learning rate of AdamW")
+    max_length: int = arg(1024, "tokens of prompt and completion; prompts that leave no room are dropped")
+    missing_eos_penalty: float | None = arg(None, "subtracted from the score of a completion without EOS")
+    temperature: float = arg(
+        1.0, "temperature of the samples; 1 is the models' own distribution, as in the paper"
+    )
+    top_p: float = arg(1.0, "sample from the likeliest tokens with this probability together")
+    top_k: int = arg(0, "sample from so many tokens; 0: from all")
+    min_p: float | None = arg(None, "sample from tokens with this share of the likeliest one's probability")
+    sync_ref_model: bool = arg(False, "let the reference follow the policy (TR-DPO, 2404.09656)")
+    ref_model_sync_steps: int = arg(512, "steps between these updates")
+    ref_model_mixup_alpha: float = arg(0.6, "share of the policy in the updated reference")
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not self.judge and self.model_name_or_path == TOY_MODEL:
+            self.reward_model_path = self.reward_model_path or str(Path(TOY_MODEL).parent / "reward")
+        if (self.reward_model_path is None) == (self.judge is None):
+            raise ValueError(
+                "give --reward_model_path or --judge, one of them: it says which answer is better"
+            )
+        if self.judge and self.missing_eos_penalty is not None:
+            raise ValueError("missing_eos_penalty changes scores, but a judge gives none")
+        if not self.temperature > 0:
+            raise ValueError(
+                f"temperature must be positive, not {self.temperature}: the method needs samples"
+            )
+        if not (0 < self.top_p <= 1 and self.top_k >= 0 and 0 <= (self.min_p or 0) <= 1):
+            raise ValueError("top_p must be in (0, 1], top_k at least 0, min_p in [0, 1]")
+        if not self.alpha or min(self.alpha) < 0:
+            raise ValueError(f"alpha must be one or more values of at least 0, not {self.alpha}")
+        if self.max_new_tokens >= self.max_length:
+            lengths = f"max_length {self.max_length} has to exceed max_new_tokens {self.max_new_tokens}"
+            raise ValueError(lengths)
+        if not 0 <= self.ref_model_mixup_alpha <= 1:
+            raise ValueError(f"ref_model_mixup_alpha must be in [0, 1], not {self.ref_model_mixup_alpha}")
+        if self.ref_model_sync_steps < 1:
+            raise ValueError(f"ref_model_sync_steps must be at least 1, not {self.ref_model_sync_steps}")
+        if self.judge:
+            load_judge(self.judge)
+        if not self.beta:
+            raise ValueError("beta must be one or more values")
+        # Dry run: let xpo_loss check the remaining options before anything is loaded.
+        for beta in self.beta:
+            zero = torch.zeros(1)
+            xpo_loss(zero, zero, zero, zero, zero > 0, beta=beta, loss_type=self.loss_type)
+
+
 if __name__ == "__main__":
-    main(common.parse(Arguments, check, TOY))
+    # So small a model takes a far larger learning rate than one of billions of parameters.
+    main(common.parse(Arguments, learning_rate=3e-4, max_steps=60))

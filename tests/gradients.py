@@ -5,6 +5,7 @@ Writes {(method, case, pairs per micro-batch): (metrics, gradient)}, in float64.
 
 import importlib
 import sys
+from functools import partial
 from types import SimpleNamespace
 
 import datasets
@@ -47,13 +48,11 @@ CASES = {
 
 
 def step(script, args, policy, reference, pairs, micro_batch: int) -> tuple[dict, torch.Tensor]:
-    log = SimpleNamespace(args=args, device=policy.device, parts={}, signals=[])
+    log = SimpleNamespace(args=args, device=policy.device, shares={}, signaled=False)
     pairs = pairs._replace(score_prompts=args.method == "orpo" and not args.no_prompt_loss)
-    for batch in common.micro_batches(pairs, np.arange(len(pairs.rows)), micro_batch, policy.device):
+    for batch in common.micro_batches(pairs, np.arange(len(pairs.lengths)), micro_batch, policy.device):
         if args.method == "dpo":
-            loss, metrics = script.loss_and_metrics(
-                policy, reference, batch, args, bco_delta=torch.tensor(0.3)
-            )
+            loss, metrics = script.loss_and_metrics(policy, reference, batch, args, bco_delta=0.3)
         elif args.method == "xpo":
             wins = torch.from_numpy(batch.rows % 2 == 0)
             loss, metrics = script.loss_and_metrics(policy, reference, batch, wins, args, epoch=0)
@@ -61,7 +60,7 @@ def step(script, args, policy, reference, pairs, micro_batch: int) -> tuple[dict
             loss, metrics = script.loss_and_metrics(policy, batch, args)
         (loss * torch.distributed.get_world_size()).backward()
         common.Log.add(log, metrics)
-    metrics = common.Log.means(log)
+    metrics, _ = common.Log.all_reduce(log)
     gradient = torch.cat([p.grad.full_tensor().flatten() for p in policy.parameters()])
     policy.zero_grad()
     return metrics, gradient
@@ -71,14 +70,16 @@ def main(model: str, out: str, *methods: str) -> None:
     tokens = random_pairs(11, 8)
     columns = dict(zip(("prompt", "chosen", "rejected"), map(list, zip(*tokens, strict=True)), strict=True))
     lengths = np.array([[len(part) for part in pair] for pair in tokens])
-    pairs = common.Pairs(datasets.Dataset.from_dict(columns), lengths)
+    tokens = datasets.Dataset.from_dict(columns)
+    pairs = common.Data(tokens, tokens, lengths)
     arguments = {
         "model_name_or_path": model,
         "dataset_name": "none",
         "dtype": "float64",
         "output_dir": out + ".d",
+        "batch_size": 8,
     }
-    args = common.Arguments(**arguments, batch_size=8)
+    args = common.Arguments(**arguments)
     rank, world, device = common.start(args)
     policy = common.load_model(model, args, device, trainable=True)
     reference = common.load_model(model + "-reference", args, device, trainable=False)
@@ -86,17 +87,19 @@ def main(model: str, out: str, *methods: str) -> None:
     for method in methods:
         script = importlib.import_module(method)
         for case, options in CASES[method].items():
-            args = script.Arguments(**arguments, **options)
-            if method != "xpo":
-                script.check(args)
+            more = {"judge": f"{__file__}:main"} if method == "xpo" else {}
+            args = script.Arguments(**arguments, **options, **more)
             args.method = method
+            given = partial(dpo.frozen_logps, reference, args) if method == "dpo" else reference
             for size in (8 // world,) if "aot" in str(options) else (8 // world, 3, 1):
-                results[method, case, size] = step(script, args, policy, reference, pairs, size)
+                results[method, case, size] = step(script, args, policy, given, pairs, size)
     args = dpo.Arguments(**arguments)
-    dpo.check(args)
     args.method = "dpo"
-    uniform = pairs._replace(reference_logps=np.full((8, 2), -7.0))
-    results["dpo-uniform", "sigmoid", 8] = step(dpo, args, policy, None, uniform, 8)
+
+    def uniform(batch: common.Batch) -> torch.Tensor:
+        return torch.full((len(batch.rows), 2), -7.0, dtype=torch.float64)
+
+    results["dpo-uniform", "sigmoid", 8] = step(dpo, args, policy, uniform, pairs, 8)
     if rank == 0:
         torch.save(results, out)
     torch.distributed.destroy_process_group()

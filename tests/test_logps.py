@@ -1,11 +1,14 @@
 """Packed, prompt-sharing, chunked log-probabilities against the plainest way: one sequence at a time."""
 
+from types import MethodType
+
 import pytest
 import torch
 from conftest import ARCHITECTURES, PACKED, batch_of, random_pairs, tiny
 
 import common
-from common import enable_packing, plain_score, score
+import dpo
+from common import choose_forward_pass, collate, plain_token_logps, token_logps
 
 pytestmark = pytest.mark.usefixtures("exact")
 SHAPES = {
@@ -27,6 +30,12 @@ def by_hand(model, pairs) -> torch.Tensor:
     return torch.cat(logps)
 
 
+def of_completions(logps: torch.Tensor, batch) -> torch.Tensor:
+    """The entries of (2B, L) for completion tokens; all others have to be 0."""
+    assert (logps[~batch.completions] == 0).all()
+    return logps[batch.completions]
+
+
 def gradient(model, logps: torch.Tensor) -> torch.Tensor:
     """The gradient of a sum that weights every token differently."""
     weights = torch.linspace(-1, 1, len(logps), dtype=logps.dtype)
@@ -40,43 +49,79 @@ def test_logps_and_gradients_equal_those_of_single_sequences(kind, shape):
     model, pairs = tiny(kind), SHAPES[shape]
     want = by_hand(model, pairs)
     want_gradient = gradient(model, want)
-    enable_packing(model)
-    assert model.packed == (kind in PACKED)
-    got = score(model, batch_of(pairs)).token_logps
-    torch.testing.assert_close(got, want, rtol=0, atol=1e-10)
-    torch.testing.assert_close(gradient(model, got), want_gradient, rtol=0, atol=1e-9)
-    got = plain_score(model, batch_of(pairs)).token_logps
-    torch.testing.assert_close(got, want, rtol=0, atol=1e-10)
-    torch.testing.assert_close(gradient(model, got), want_gradient, rtol=0, atol=1e-9)
+    choose_forward_pass(model)
+    assert model.forward_pass == ("packed" if kind in PACKED else "padded")
+    chosen, batch = model.forward_pass, batch_of(pairs)
+    for forward_pass in (chosen, "padded", "whole", "the definition"):
+        model.forward_pass = forward_pass
+        got = (plain_token_logps if forward_pass == "the definition" else token_logps)(model, batch)
+        got = of_completions(got, batch)
+        torch.testing.assert_close(got, want, rtol=0, atol=1e-10)
+        torch.testing.assert_close(gradient(model, got), want_gradient, rtol=0, atol=1e-9)
 
 
-@pytest.mark.parametrize("kind", ["falcon", "gemma2", "cohere"])
+@pytest.mark.parametrize("kind", ["falcon", "gemma2"])
 def test_packing_would_be_wrong_where_it_is_refused(kind, capsys):
-    model = tiny(
-        kind, initializer_range=0.02
-    )  # as random models usually are: the check must notice small differences
-    enable_packing(model)
-    assert not model.packed
-    assert "padded" in capsys.readouterr().out
+    # Random models usually have such small weights: the check must notice small differences.
+    model = tiny(kind, initializer_range=0.02)
+    choose_forward_pass(model)
+    assert model.forward_pass == "padded"
+    assert "come from the padded forward pass" in capsys.readouterr().out
     assert model.generate(torch.tensor([[5, 6]]), max_new_tokens=3, do_sample=False).shape == (1, 5)
 
 
-def test_a_prompt_is_in_the_row_once_and_last_tokens_are_not():
-    (prompt, chosen, rejected), *_ = pairs = random_pairs(3, 2)
+def test_a_model_that_does_more_to_its_hidden_states_returns_its_own_logits():
+    model, pairs = tiny("llama"), random_pairs(2, 3)
+    head = model.lm_head.forward
+    model.lm_head.forward = lambda hidden: head(hidden) * (2 if hidden.dim() == 3 else 1)
+    choose_forward_pass(model)
+    assert model.forward_pass == "whole"
     batch = batch_of(pairs)
-    assert batch.input_ids[0].tolist()[: len(prompt) + len(chosen) - 1] == prompt + chosen[:-1]
-    assert batch.input_ids.numel() == sum(len(p) + len(c) + len(r) - 2 for p, c, r in pairs)
-    assert batch.labels.tolist() == [token for _, c, r in pairs for token in c + r]
-    assert batch.lengths.tolist() == [[len(c), len(r)] for _, c, r in pairs]
+    got = of_completions(token_logps(model, batch), batch)
+    torch.testing.assert_close(got, by_hand(model, pairs), rtol=0, atol=1e-10)
 
 
-def test_a_model_that_knows_no_logits_to_keep():
-    model, pairs = tiny("llama"), [([5, 6, 7, 8], [9], [10, 11]), ([5, 6, 7], [8, 9], [10])]
-    model.balancing_loss, forward = None, model.forward
-    want = plain_score(model, batch_of(pairs)).token_logps
-    torch.testing.assert_close(want, by_hand(model, pairs), rtol=0, atol=1e-10)
-    model.forward = lambda logits_to_keep, **inputs: forward(**inputs)
-    assert torch.equal(plain_score(model, batch_of(pairs)).token_logps, want)
+def test_the_batch_is_the_picture_of_its_docstring():
+    p1, p2, c1, c2, c3, r1, r2, q1 = range(10, 18)
+    batch = batch_of([([p1, p2], [c1, c2, c3], [r1, r2]), ([q1], [c1, c2], [r1, r2, c3])])
+    inputs = [[p1, p2, c1, c2], [p1, p2, r1, 0], [q1, c1, 0, 0], [q1, r1, r2, 0]]
+    assert (batch.inputs["input_ids"] * batch.inputs["attention_mask"]).tolist() == inputs
+    labels = [[p2, c1, c2, c3], [p2, r1, r2, 0], [c1, c2, 0, 0], [r1, r2, c3, 0]]
+    assert (batch.labels * batch.inputs["attention_mask"]).tolist() == labels
+    assert batch.completions.int().tolist() == [[0, 1, 1, 1], [0, 1, 1, 0], [1, 1, 0, 0], [1, 1, 1, 0]]
+    assert batch.packed_inputs["input_ids"].tolist() == [[p1, p2, c1, c2, r1, q1, c1, r1, r2]]
+    assert batch.packed_inputs["position_ids"].tolist() == [[0, 1, 2, 3, 2, 0, 1, 1, 2]]
+    assert batch.spans == [[0, 2, 4, 5], [5, 6, 7, 9]]
+
+
+@pytest.mark.parametrize("forward_pass", ["packed", "padded", "whole"])
+def test_prompts_are_scored_once_if_at_all(forward_pass):
+    """For ORPO's term: the rows of chosen answers have log-probabilities of prompts, too."""
+    model, pairs = tiny("llama"), random_pairs(9, 3)
+    choose_forward_pass(model)
+    model.forward_pass = forward_pass
+    batch = batch_of(pairs, score_prompts=True)
+    got = token_logps(model, batch)
+    for i, (prompt, chosen, _) in enumerate(pairs):
+        tokens = prompt + chosen
+        logps = model(torch.tensor([tokens])).logits[0].log_softmax(-1)
+        want = logps[torch.arange(len(tokens) - 1), torch.tensor(tokens[1:])]
+        torch.testing.assert_close(got[2 * i, : len(want)], want, rtol=0, atol=1e-10)
+        assert (got[2 * i, len(want) :] == 0).all()
+    assert torch.equal(got[1::2] != 0, batch.completions[1::2])
+
+
+@pytest.mark.parametrize("per_prompt", [1, 3])
+def test_another_number_of_completions_for_each_prompt(per_prompt):
+    """As methods on unpaired data, or on several samples, have."""
+    model = tiny("mistral")
+    examples = [(p, *(c + [7] * i for i in range(per_prompt))) for p, c, _ in random_pairs(10, 4)]
+    choose_forward_pass(model)
+    assert model.forward_pass == "packed"
+    batch = batch_of(examples) if per_prompt == 2 else collate(examples, torch.device("cpu"), global_pairs=4)
+    assert len(batch.labels) == 4 * per_prompt
+    got = of_completions(token_logps(model, batch), batch)
+    torch.testing.assert_close(got, by_hand(model, examples), rtol=0, atol=1e-10)
 
 
 @pytest.mark.parametrize("kind", PACKED)
@@ -87,35 +132,35 @@ def test_no_mask_over_the_whole_row_is_made(kind, monkeypatch):
         masks.append(mask)
         return common.packed_attention(module, query, key, value, mask, **options)
 
-    enable_packing(model)
+    choose_forward_pass(model)
     monkeypatch.setitem(common.AttentionInterface._global_mapping, "packed", attention)
-    score(model, batch)
+    token_logps(model, batch)
     assert len(masks) == 2 and all(mask is None or mask.numel() == 1 for mask in masks)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("kind", ["llama", "olmo2"])
-def test_in_bfloat16_generate_sees_the_model_that_score_sees(kind, checkpointing, tmp_path):
+def test_in_bfloat16_generate_sees_the_model_that_is_trained(kind, checkpointing, tmp_path):
     """FSDP's hooks, which are out while generating, change no inputs: OLMo gives its layers float32 ones."""
     tiny(kind).float().save_pretrained(tmp_path)
     args = common.Arguments(str(tmp_path), bf16=True, gradient_checkpointing=checkpointing)
     model = common.load_model(str(tmp_path), args, torch.device("cpu"), trainable=True)
-    assert model.packed
+    assert model.forward_pass == "packed"
     batch = batch_of(random_pairs(4, 3))
-    logps = model.score(batch).token_logps
+    logps = model.token_logps(batch)
     logps.sum().backward()  # recomputed with checkpointing: to the same dtypes, or it fails
     with torch.no_grad(), common.gathered(model, args):
-        torch.testing.assert_close(score(model, batch).token_logps, logps, rtol=0, atol=0)
+        torch.testing.assert_close(token_logps(model, batch), logps, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("size", [1, 3, 1000])
 def test_chunk_size_changes_nothing(size, monkeypatch):
     model, batch = tiny("llama"), batch_of(random_pairs(4, 3))
-    enable_packing(model)
-    want = score(model, batch).token_logps
+    choose_forward_pass(model)
+    want = of_completions(token_logps(model, batch), batch)
     want_gradient = gradient(model, want)
     monkeypatch.setattr(common, "CHUNK_LOGITS", size * model.config.vocab_size)
-    got = score(model, batch).token_logps
+    got = of_completions(token_logps(model, batch), batch)
     torch.testing.assert_close(got, want, rtol=0, atol=1e-12)
     torch.testing.assert_close(gradient(model, got), want_gradient, rtol=0, atol=1e-11)
 
@@ -123,51 +168,54 @@ def test_chunk_size_changes_nothing(size, monkeypatch):
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "mixtral"])
 def test_gradient_checkpointing_changes_nothing(kind):
     model, batch = tiny(kind), batch_of(random_pairs(5, 3))
-    enable_packing(model)
-    want = gradient(model, score(model, batch).token_logps)
+    choose_forward_pass(model)
+    want = gradient(model, token_logps(model, batch).flatten())
     model.gradient_checkpointing_enable({"use_reentrant": False})
-    torch.testing.assert_close(gradient(model, score(model, batch).token_logps), want, rtol=0, atol=1e-11)
+    torch.testing.assert_close(gradient(model, token_logps(model, batch).flatten()), want, rtol=0, atol=1e-11)
 
 
 @pytest.mark.parametrize("kind", ["llama", "gemma2"])
-def test_collisions(kind):
+def test_another_function_of_logits_and_labels(kind):
+    """As WPO's: two values for each label, from one pass through the head."""
     model, pairs = tiny(kind), random_pairs(6, 2)
-    enable_packing(model)
-    got = score(model, batch_of(pairs), collisions=True).log_collisions
+    choose_forward_pass(model)
+    batch = batch_of(pairs)
+    logps, weights = dpo.token_logps_and_pair_weights(model_with_method(model), batch)
+    torch.testing.assert_close(logps, token_logps(model, batch), rtol=0, atol=1e-12)
     want = []
     for prompt, *completions in pairs:
+        factors = []
         for y in completions:
             probs = model(torch.tensor([prompt + y])).logits[0, len(prompt) - 1 : -1].softmax(-1)
-            want.append((probs**2).sum(-1).log())
-    torch.testing.assert_close(got, torch.cat(want).detach(), rtol=0, atol=1e-10)
+            chosen = probs[torch.arange(len(y)), torch.tensor(y)]
+            factors.append((chosen / (probs**2).sum(-1)).log().mean().exp())
+        want.append((factors[0] * factors[1]).clamp(max=1))
+    torch.testing.assert_close(weights, torch.stack(want).detach(), rtol=0, atol=1e-10)
+    assert not weights.requires_grad and len({*weights.tolist()}) == 2
 
 
-def test_balancing_loss_counts_each_token_of_the_row_once():
+def model_with_method(model):
+    model.token_logps = MethodType(token_logps, model)
+    return model
+
+
+def test_a_mixture_of_experts_with_a_router_loss_runs_padded_with_its_own_loss():
     model, pairs = tiny("mixtral", output_router_logits=True), random_pairs(7, 3)
-    enable_packing(model)
-    got = score(model, batch_of(pairs)).aux_loss
-    router = [[] for _ in range(2)]
-    for prompt, chosen, rejected in pairs:  # a prompt's routing does not depend on what follows it
-        for sequence, first in ((prompt + chosen[:-1], 0), (prompt + rejected[:-1], len(prompt))):
-            for layer, logits in enumerate(
-                model.model(torch.tensor([sequence]), output_router_logits=True).router_logits
-            ):
-                router[layer].append(logits[first:])
-    want = model.balancing_loss(tuple(torch.cat(layer) for layer in router))
-    torch.testing.assert_close(got, want, rtol=0, atol=1e-10)
-
-
-def test_sums_are_per_completion():
-    pairs = random_pairs(8, 3)
+    choose_forward_pass(model)
+    assert model.forward_pass == "whole"
     batch = batch_of(pairs)
-    values = torch.arange(len(batch.labels), dtype=torch.float64)
-    parts = values.split([len(y) for pair in pairs for y in pair[1:]])
-    assert batch.sum(values).flatten().tolist() == [part.sum().item() for part in parts]
+    token_logps(model, batch)
+    want = model(**batch.inputs, output_router_logits=True).aux_loss
+    torch.testing.assert_close(model.router_loss, want, rtol=0, atol=1e-12)
+    assert want > 0
 
 
-def test_a_batch_of_no_pairs_contributes_nothing():
+@pytest.mark.parametrize("forward_pass", ["packed", "padded", "whole"])
+def test_a_batch_of_no_pairs_contributes_nothing_but_runs_the_model(forward_pass):
     model = tiny("llama")
-    enable_packing(model)
-    batch = batch_of([])
-    assert batch.sum(score(model, batch).token_logps).shape == (0, 2)
-    assert batch.sum(plain_score(model, batch).token_logps).shape == (0, 2)
+    choose_forward_pass(model)
+    model.forward_pass = forward_pass
+    logps = token_logps(model, batch_of([])).sum(1).view(-1, 2)
+    assert logps.shape == (0, 2)
+    logps.sum().backward()  # as FSDP needs it: every process has a gradient to add
+    assert all((p.grad == 0).all() for p in model.parameters())

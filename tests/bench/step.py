@@ -23,6 +23,7 @@ import statistics
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -116,22 +117,23 @@ class Contestant:
             gradient_checkpointing=checkpointing,
             **options,
         )
-        script.check(args)
         _, _, device = common.start(args)
         self.model = common.load_model(folder, args, device, trainable=True)
         self.optimizer, reference = common.adamw(self.model, args), None
         if script in (dpo, xpo):
-            reference = common.load_model(folder, args, device, trainable=False, compact=True)
+            reference = common.load_model(folder, args, device, trainable=False)
         parts = ("prompt", "chosen", "rejected")
         lengths = np.array([[len(pair[part]) for part in parts] for pair in self.pairs])
-        data = common.Pairs(datasets.Dataset.from_list(self.pairs), lengths, score_prompts=method == "orpo")
+        tokens = datasets.Dataset.from_list(self.pairs)
+        data = common.Data(tokens, tokens, lengths, score_prompts=method == "orpo")
+        reference_logps = partial(dpo.frozen_logps, reference, args)
         if method == "precomputed":
-            with torch.no_grad():
-                found = [
-                    dpo.reference_logps(reference, batch, args).cpu()
-                    for batch in common.micro_batches(data, np.arange(len(lengths)), self.size, device)
-                ]
-            data, reference = data._replace(reference_logps=torch.cat(found).numpy()), None
+            batches = common.micro_batches(data, np.arange(len(lengths)), self.size, device)
+            table, reference = torch.cat([reference_logps(batch) for batch in batches]), None
+
+            def reference_logps(batch: common.Batch) -> torch.Tensor:
+                return table[batch.rows]
+
         rows = common.by_length(data)
 
         def losses():
@@ -140,7 +142,7 @@ class Contestant:
                     wins = torch.from_numpy(batch.rows % 2 == 0).to(device)
                     yield xpo.loss_and_metrics(self.model, reference, batch, wins, args, epoch=0)[0]
                 elif script is dpo:
-                    yield dpo.loss_and_metrics(self.model, reference, batch, args, torch.zeros(()))[0]
+                    yield dpo.loss_and_metrics(self.model, reference_logps, batch, args, 0.0)[0]
                 else:
                     yield script.loss_and_metrics(self.model, batch, args)[0]
 
