@@ -1,12 +1,8 @@
 """What the scripts share. Each script has its own losses, its own training step and its own training loop.
 
-The sections follow the needs of a reader. To understand a training step, read the first one.
-
-    log-probabilities      the batch, and log π of every token in it
-    the fast forward pass  the same numbers without padding, with each prompt computed once
-    batches                which rows a step trains on
-    data                   from files to token ids
-    models, processes, generation, log, checkpoints, arguments
+To understand a training step, read the first section: the batch, and log π of every token in it. The second
+section computes the same numbers faster. The others are batches, data, processes, models, generation, log,
+checkpoints and arguments.
 """
 
 from __future__ import annotations
@@ -24,7 +20,6 @@ import shutil
 import signal
 import sys
 import time
-import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -32,10 +27,11 @@ from dataclasses import asdict, dataclass, field, fields
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from types import MethodType
-from typing import Any, Literal, NamedTuple, NoReturn, TextIO
+from types import MethodType, SimpleNamespace
+from typing import Literal, NamedTuple, NoReturn, TextIO
 
 import datasets
+import huggingface_hub
 import numpy as np
 import pyarrow.compute as pc
 import torch
@@ -50,13 +46,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
-from transformers import (
-    AttentionInterface,
-    AttentionMaskInterface,
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-)
+from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, AutoModelForCausalLM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -95,7 +85,7 @@ class Batch:
 
 
 def plain_token_logps(model, batch: Batch) -> Tensor:
-    """log π(label | all tokens before it), (2B, L), and 0 where it is not wanted. This is the definition."""
+    """The definition: log π(label | all tokens before it), (2B, L), and 0 where none is wanted."""
     logits = model(**batch.inputs, use_cache=False).logits  # (2B, L, V)
     logps = logits.float().log_softmax(-1)
     logps = logps.gather(-1, batch.labels.unsqueeze(-1)).squeeze(-1)  # (2B, L)
@@ -115,18 +105,15 @@ CHUNK_TOKENS, CHUNK_LOGITS = 1024, 2**26
 def token_logps(model, batch: Batch, *, of: Callable[[Tensor, Tensor], Tensor] = label_logps) -> Tensor:
     """What plain_token_logps returns, for less time and memory. Scripts call it as model.token_logps(batch).
 
-    It saves the padding and the second pass over each prompt (next section), and it never keeps the logits
-    of the whole batch: the head is applied to one chunk of tokens at a time, and again in the backward pass.
-    `of` computes what is wanted of logits (N, V) and labels (N,): (N,), or (N, k) for a result (2B, L, k).
+    It saves the padding and the second pass over each prompt (next section), and never keeps the logits of
+    the whole batch: the head is applied to one chunk of tokens at a time, and again in the backward pass.
+    `of` computes what is wanted from logits (N, V) and labels (N,): (N,), or (N, k) for a result (2B, L, k).
     """
-    head, (rows, columns) = partial(logits_of, model), batch.places  # of the N labels that are scored
+    rows, columns = batch.places  # of the N labels that are scored
     if model.forward_pass == "packed":
         outputs = model.get_decoder()(**batch.packed_inputs, spans=batch.spans, use_cache=False)
-        hidden = outputs.last_hidden_state[0, batch.sources]  # (N, D)
-    elif model.forward_pass == "padded":
-        outputs = model.get_decoder()(**batch.inputs, use_cache=False)
-        hidden = outputs.last_hidden_state[rows, columns]
-    else:  # the model's own logits. Not model(...): FSDP has gathered the weights for this function already
+        hidden, head = outputs.last_hidden_state[0, batch.sources], partial(logits_of, model)  # (N, D)
+    else:  # padded. Not model(...), because FSDP has gathered the weights for this function already
         outputs = model.forward(**batch.inputs, use_cache=False)
         hidden, head = outputs.logits[rows, columns], lambda logits: logits
         model.router_loss = outputs.get("aux_loss")
@@ -154,76 +141,64 @@ def logits_of(model, hidden: Tensor) -> Tensor:
 
 
 def collate(examples: list[tuple], device: torch.device, *, score_prompts: bool = False, **counts) -> Batch:
-    """A Batch of examples (prompt, chosen, rejected) of token ids; `counts` are more of its fields."""
+    """A Batch of examples (prompt, chosen, rejected) of token ids; `counts` are its last fields."""
     # A process without examples passes one token through the model, because sharded models run in step. The
     # token is an input only: it has no label, and adds nothing to losses and metrics.
     inputs = examples or [([0], [0])]
-    sequences = [torch.tensor([*prompt, *y]) for prompt, *completions in inputs for y in completions]
-    tokens = pad_sequence(sequences, batch_first=True)  # (2B, L + 1)
-    lengths = torch.tensor([[len(sequence)] for sequence in sequences])  # (2B, 1)
-    prompt_lengths = torch.tensor([[len(prompt)] for prompt, *completions in inputs for _ in completions])
-    next_column = torch.arange(1, tokens.shape[1])
-    has_label = next_column < lengths  # (2B, L)
-    completions = has_label & (next_column >= prompt_lengths)
+    pairs = [(prompt, y) for prompt, *completions in inputs for y in completions]
+    tokens = pad_sequence(
+        [torch.tensor([*prompt, *y]) for prompt, y in pairs], batch_first=True
+    )  # (2B, L + 1)
+    prompt_ends = torch.tensor([[len(prompt)] for prompt, _ in pairs])  # (2B, 1)
+    ends = prompt_ends + torch.tensor([[len(y)] for _, y in pairs])
+    label_column = torch.arange(1, tokens.shape[1])
+    has_label = label_column < ends  # (2B, L)
+    completions = has_label & (label_column >= prompt_ends)
     scored = completions.clone()
     if score_prompts:  # once for each prompt, in its first row
-        rows_of_prompt = len(inputs[0]) - 1
-        scored[::rows_of_prompt] = has_label[::rows_of_prompt]
-    labeled = len(sequences) if examples else 0
+        scored[:: len(inputs[0]) - 1] = has_label[:: len(inputs[0]) - 1]
+    labeled = slice(len(pairs) if examples else 0)
+    fields = {"labels": tokens[labeled, 1:], "completions": completions[labeled], "scored": scored[labeled]}
+    fields["inputs"] = {"input_ids": tokens[:, :-1], "attention_mask": has_label.long()}
+    fields |= pack(inputs, scored[labeled])
 
-    fields = {
-        "inputs": {"input_ids": tokens[:, :-1], "attention_mask": has_label.long()},
-        "labels": tokens[:labeled, 1:],
-        "completions": completions[:labeled],
-        "scored": scored[:labeled],
-        **pack(inputs, scored[:labeled]),
-    }
-    return Batch(**{name: to_device(value, device) for name, value in fields.items()}, **counts)
+    def to_device(value):
+        if isinstance(value, dict):
+            return {name: to_device(part) for name, part in value.items()}
+        is_copied = device.type == "cuda" and isinstance(value, Tensor)  # without making the host wait
+        return value.pin_memory().to(device, non_blocking=True) if is_copied else value
 
-
-def to_device(value, device: torch.device):
-    """Copy a tensor, or a dictionary of tensors, without making the host wait; other values stay."""
-    if isinstance(value, dict):
-        return {name: to_device(part, device) for name, part in value.items()}
-    if isinstance(value, Tensor) and device.type == "cuda":
-        return value.pin_memory().to(device, non_blocking=True)
-    return value
+    return Batch(**to_device(fields), **counts)
 
 
 # -------------------------------------------------------------------------------------- the fast forward pass
 
 
-def pack(examples: list[tuple], scored: Tensor) -> dict[str, Any]:
-    """The fields of Batch for the fast forward pass: its tokens in one row, without padding.
+def pack(examples: list[tuple], scored: Tensor) -> dict:
+    """The fields of Batch for the fast forward pass: all tokens in one row, without padding.
 
-    The row of the picture above is p1 p2 c1 c2 r1 q1 c1 r1 r2. Each prompt is there once, and each of its
-    completions attends to it. T tokens in the row; N labels that are scored.
+    The row for the picture of Batch is p1 p2 c1 c2 r1 q1 c1 r1 r2. Each prompt is there once, and each of
+    its completions attends to it. T tokens in the row; N labels that are scored.
     """
-    ids, positions, spans, end = [], [], [], 0
-    in_row = []  # for each row of the batch, where in the packed row its tokens are
+    ids, positions, spans, places = [], [], [], []
     for prompt, *completions in examples:
-        start, end = end, end + len(prompt)
-        ids.append(prompt)
-        positions.append(np.arange(len(prompt)))
-        spans.append([start, end])
+        start, prompt_end = len(ids), len(ids) + len(prompt)
+        spans.append([start, prompt_end])
+        ids += prompt
+        positions += range(len(prompt))
         for completion in completions:
-            length = len(completion) - 1
-            ids.append(completion[:-1])
-            positions.append(np.arange(len(prompt), len(prompt) + length))
-            in_row.append(torch.cat([torch.arange(start, spans[-1][1]), torch.arange(end, end + length)]))
-            end += length
+            end = len(ids) + len(completion) - 1
+            places.append(torch.tensor([*range(start, prompt_end), *range(len(ids), end)]))
+            ids += completion[:-1]
+            positions += range(len(prompt), len(prompt) + len(completion) - 1)
             spans[-1].append(end)
-    in_row = pad_sequence(in_row, batch_first=True)  # (2B, L)
+    # The mask is not used; from None, transformers would make one of T * T entries.
+    inputs = {"input_ids": ids, "position_ids": positions, "attention_mask": [[[True]]]}
+    places = pad_sequence(places, batch_first=True)  # (2B, L): where in the row the tokens of a batch are
     return {
-        "packed_inputs": {
-            "input_ids": torch.from_numpy(np.concatenate(ids).astype(np.int64))[None],  # (1, T)
-            "position_ids": torch.from_numpy(np.concatenate(positions))[None],  # (1, T)
-            # Nothing reads this mask. From None, or from a mask of two dimensions, transformers would make
-            # one of T * T entries.
-            "attention_mask": torch.ones(1, 1, 1, 1, dtype=torch.bool),
-        },
-        "spans": spans,  # of each pair: where its prompt, chosen and rejected tokens begin, and the end
-        "sources": in_row[: len(scored)][scored],  # (N,) places in the row whose outputs predict the labels
+        "packed_inputs": {name: torch.tensor([value]) for name, value in inputs.items()},  # (1, T)
+        "spans": spans,  # of each pair: where in the row its prompt, chosen and rejected begin, and the end
+        "sources": places[: len(scored)][scored],  # (N,) places in the row whose outputs predict the labels
         "places": scored.nonzero().T,  # (2, N) rows and columns of these labels in the batch
     }
 
@@ -261,48 +236,31 @@ AttentionMaskInterface.register("packed", sdpa_mask)  # ordinary calls get their
 
 @torch.no_grad()
 def choose_forward_pass(model) -> None:
-    """Set model.forward_pass to the fastest one whose log-probabilities equal those of plain_token_logps.
+    """Set model.forward_pass to "packed" if that gives plain_token_logps's numbers, else to "padded".
 
-    "packed" is described above. "padded" runs the padded rows, but applies the head in chunks; it is for
-    architectures that do not call the attention function, or want more of it. "whole" takes the logits that
-    the model returns, for architectures that do more to a hidden state than logits_of knows.
+    Not every architecture calls the attention function, and some do more to a hidden state than logits_of
+    knows. The load-balancing loss of a mixture of experts comes with the model's own forward pass.
     """
-    draw, config = np.random.default_rng(0).integers, model.config.get_text_config()
-    lengths = ((9, 7, 5), (2, 1, 12))
-    examples = [tuple(draw(1, min(100, config.vocab_size), n) for n in row) for row in lengths]
-    batch = collate(examples, model.device, global_pairs=2)
-    want, attention, reasons = plain_token_logps(model, batch), model.config._attn_implementation, []
-    tolerance = (5e-3 if model.dtype == torch.bfloat16 else 5e-5) * want.abs().max().item()
-    model.router_loss = None  # of the last forward pass, if the model is a mixture of experts that has one
-    for forward_pass in ("packed", "padded", "whole"):
-        model.forward_pass = forward_pass
-        try:
-            if model.forward_pass != "whole" and getattr(model.config, "output_router_logits", False):
-                raise NotImplementedError("the load-balancing loss comes with the model's own logits")
-            if model.forward_pass == "packed":
-                if getattr(config, "attention_chunk_size", None):
-                    raise NotImplementedError("attention within chunks")
-                model.set_attn_implementation("packed")
-            difference = (token_logps(model, batch) - want).abs().max().item()
-            if difference < tolerance:
-                break
-            reasons.append(f"{model.forward_pass} they would differ by {difference:.0e}")
-        except Exception as error:  # whatever an architecture does that nobody foresaw
-            reasons.append(f"not {model.forward_pass}: {type(error).__name__}: {first_line(error)}")
-        if model.forward_pass == "packed":
-            model.set_attn_implementation(attention)
-    costs = (
-        "" if model.forward_pass == "packed" else f", which takes more time and memory ({'; '.join(reasons)})"
-    )
-    say(f"{type(model).__name__}: log-probabilities come from the {model.forward_pass} forward pass{costs}")
+    examples = [([1, 2, 3, 4, 5], [1, 3, 2], [4, 4, 1, 2, 5, 3]), ([2], [5], [3, 1, 4, 1, 5, 2, 4])]
+    batch, attention = collate(examples, model.device, global_pairs=2), model.config._attn_implementation
+    want, reason, config = plain_token_logps(model, batch), "", model.config.get_text_config()
+    model.forward_pass, model.router_loss = "packed", None
+    try:
+        if getattr(config, "attention_chunk_size", None) or getattr(config, "output_router_logits", False):
+            raise NotImplementedError("attention within chunks, or a load-balancing loss")
+        model.set_attn_implementation("packed")
+        difference = (token_logps(model, batch) - want).abs().max().item()
+        if not difference < (5e-3 if model.dtype == torch.bfloat16 else 5e-5) * want.abs().max().item():
+            reason = f"packed they would differ by {difference:.0e}"
+    except Exception as error:  # whatever an architecture does that nobody foresaw
+        reason = f"{type(error).__name__}: {first_line(error)}"
+    if reason:
+        model.forward_pass, reason = "padded", f", which takes more time and memory ({reason})"
+        model.set_attn_implementation(attention)
+    say(f"{type(model).__name__}: log-probabilities come from the {model.forward_pass} forward pass{reason}")
 
 
 # ---------------------------------------------------------------------------------------------------- batches
-
-
-def by_length(data: Data) -> np.ndarray:
-    """The row numbers, short rows first, so that a micro-batch has rows of similar length."""
-    return data.lengths.sum(1).argsort(kind="stable")
 
 
 def global_batches(data: Data, args: Arguments) -> np.ndarray:
@@ -311,13 +269,12 @@ def global_batches(data: Data, args: Arguments) -> np.ndarray:
     A batch is a random sample. Inside, it is sorted by length, so that processes and micro-batches get rows
     of similar length. Rows that do not fill a batch at the end of an epoch wait for another epoch.
     """
-    size, per_epoch = args.batch_size, len(data.lengths) // args.batch_size
-    if not per_epoch:
-        fail(f"{len(data.lengths)} rows do not fill a batch: --batch_size can be {len(data.lengths)} at most")
+    rows, size, epochs = len(data.lengths), args.batch_size, []
+    if not (per_epoch := rows // size):
+        fail(f"{rows} rows do not fill a batch: --batch_size can be {rows} at most")
     steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * per_epoch - 1e-9)
-    epochs = []
     for epoch in range(math.ceil(steps / per_epoch)):
-        order = np.random.default_rng((args.seed, epoch)).permutation(len(data.lengths))
+        order = np.random.default_rng((args.seed, epoch)).permutation(rows)
         order = order[: per_epoch * size].reshape(per_epoch, size)
         short_first = data.lengths.sum(1)[order].argsort(axis=1, kind="stable")
         epochs.append(np.take_along_axis(order, short_first, axis=1))
@@ -351,21 +308,15 @@ class Data(NamedTuple):
     score_prompts: bool = False  # whether batches score the tokens of prompts as well
 
 
-def load_data(
-    args: Arguments,
-    tokenizer,
-    *,
-    completions: tuple[str, ...] = ("chosen", "rejected"),
-    score_prompts: bool = False,
-) -> tuple[Data, Data | None]:
-    """The training and test split; None for the latter if there is none, or with eval_strategy "no".
+def load_data(args: Arguments, tokenizer, completions=("chosen", "rejected"), *, score_prompts=False):
+    """Training and test split as Data; None for the latter if there is none, or with eval_strategy "no".
 
     `completions` names the columns with completions: two for pairs, one for a method that labels single
-    completions, none for a method that samples them (its prompts leave room for max_new_tokens). A prompt or
-    completion is a text, or a list of messages for the chat template. Of pairs without a column `prompt`,
+    completions, none for a method that samples them (prompts then leave room for max_new_tokens). A prompt
+    or completion is a text, or a list of messages for the chat template. Of pairs without a column `prompt`,
     the prompt is what both completions begin with. Other columns stay in Data.raw.
     """
-    path = Path(args.dataset_name)
+    path, columns = Path(args.dataset_name), ("prompt", *completions)
     kind = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}.get(path.suffix)
     if kind and not path.is_file():
         fail(f"there is no file {path}")
@@ -377,129 +328,93 @@ def load_data(
             splits = datasets.load_dataset(kind, data_files=glob.escape(str(path)), **options)
         else:
             splits = datasets.load_dataset(args.dataset_name, args.dataset_config)
-    if args.dataset_train_split not in splits:
-        fail(f"{args.dataset_name} has no split '{args.dataset_train_split}'; it has {', '.join(splits)}")
-    names = {"training": args.dataset_train_split}
-    if args.eval_strategy != "no" and args.dataset_test_split in splits:
-        names["test"] = args.dataset_test_split
-    elif args.eval_strategy != "no":
-        say(f"no evaluation: there is no split '{args.dataset_test_split}', only {', '.join(splits)}")
-    found = [tokenize_split(splits[names[name]], name, args, tokenizer, completions) for name in names]
-
-    if dist.get_rank() == 0:
-        digest = hashlib.sha256()
-        for column in (column for data in found for column in data.tokens.data.columns):
-            for chunk in column.chunks:
-                digest.update(chunk.offsets.to_numpy())
-                digest.update(chunk.flatten().to_numpy())
-        args.data_digest = digest.hexdigest()[:12]  # a run resumes with the data it began with
-    train, test = [*(data._replace(score_prompts=score_prompts) for data in found), None][:2]
-    return train, test
+    names = [args.dataset_train_split] + [args.dataset_test_split] * (args.eval_strategy != "no")
+    if names[0] not in splits:
+        fail(f"{args.dataset_name} has no split '{names[0]}'; it has {', '.join(splits)}")
+    if names[-1] not in splits:
+        say(f"no evaluation: there is no split '{names.pop()}', only {', '.join(splits)}")
+    data = [tokenize_split(splits[name], name, args, tokenizer, columns, score_prompts) for name in names]
+    example = {name: tokenizer.decode(ids) for name, ids in data[0].tokens[0].items()}
+    say("the first row: " + " ".join(f"{name}【{text}】" for name, text in example.items()))
+    digest = hashlib.sha256()
+    for column in [split.tokens.data.column(name) for split in data for name in columns]:
+        for chunk in column.chunks:
+            digest.update(chunk.offsets.to_numpy())
+            digest.update(chunk.flatten().to_numpy())
+    args.data_digest = digest.hexdigest()[:12]  # a run resumes with the tokens it began with
+    return (*data, None)[:2]
 
 
-def tokenize_split(raw, name: str, args: Arguments, tokenizer, completions: tuple[str, ...]) -> Data:
+def tokenize_split(raw, name: str, args: Arguments, tokenizer, columns: tuple, score_prompts: bool) -> Data:
     """Tokenize all rows of a split, drop those that cannot be used, and say how many and why."""
-    check_columns(raw, name, tokenizer, completions)
-    columns = ("prompt", *completions)
-    features = dict.fromkeys(columns, datasets.List(datasets.Value("int32")))
-    features |= {"problem": datasets.Value("string"), "straddles": datasets.Value("bool")}
+    prompt, *completions = columns
+    if not {*completions} <= {*raw.column_names} or not {prompt, "chosen"} & {*raw.column_names}:
+        fail(f"the {name} split needs columns {', '.join(columns)}; found {', '.join(raw.column_names)}")
     room = 1 if completions else args.max_new_tokens
     options = dict(tokenizer=tokenizer, completions=completions, max_length=args.max_length, room=room)
+    features = dict.fromkeys(columns, datasets.List(datasets.Value("int32")))
+    features |= {"problem": datasets.Value("string"), "straddles": datasets.Value("bool")}
+    how = dict(features=datasets.Features(features), remove_columns=raw.column_names)
     # The default fingerprint of `map` does not see that the code of a function has changed.
     code = Path(__file__).read_text() if Path(__file__).is_file() else ""
-    fingerprint = Hasher.hash([raw._fingerprint, code, [*options.items()]])
+    how |= dict(new_fingerprint=Hasher.hash([raw._fingerprint, code, [*options.values()]]))
     is_first = int(os.environ.get("LOCAL_RANK", 0)) == 0
     if not is_first:  # wait for the first process of this machine, then find its work in the cache
         dist.barrier()
-    tokens = raw.map(
-        tokenize,
-        fn_kwargs=options,
-        remove_columns=raw.column_names,
-        features=datasets.Features(features),
-        num_proc=args.dataset_num_proc,
-        new_fingerprint=fingerprint,
-        desc=f"tokenizing {name} rows",
-    )
+    with one_line(f"the {name} split"):
+        tokens = raw.map(tokenize, fn_kwargs=options, num_proc=args.dataset_num_proc, **how)
     if is_first:
         dist.barrier()
 
-    problems = tokens.data.column("problem")
+    problems, problem = tokens.data.column("problem"), {"values": "it is empty"}
     for problem in problems.filter(pc.not_equal(problems, "")).value_counts().to_pylist():
-        say(f"{problem['counts']} of {len(raw)} {name} rows dropped: {problem['values']}")
+        say(f"{problem['counts']} of {len(raw)} rows of the {name} split dropped: {problem['values']}")
     if straddling := pc.sum(tokens.data.column("straddles")).as_py():
-        say(f"in {straddling} {name} rows a token spans prompt and completion: it counts as completion")
+        say(f"in {straddling} rows a token spans prompt and completion: it counts as completion")
     kept = np.flatnonzero(pc.equal(problems, ""))
     if not len(kept):
-        fail(f"no {name} rows are left")
+        fail(f"no rows of the {name} split are left: {problem['values']}")
     lengths = [pc.list_value_length(tokens.data[column]).to_numpy()[kept] for column in columns]
-    lengths = np.stack(lengths, axis=1)
+    means = ", ".join(f"{column} {n.mean():.0f}" for column, n in zip(columns, lengths, strict=True))
+    say(f"{len(kept)} rows in the {name} split; tokens on average: {means}")
     tokens = tokens.select(kept).select_columns([*columns])
-    say(f"{len(kept)} {name} rows; tokens of {', '.join(columns)} on average: {lengths.mean(0).round()}")
-    if name == "training":
-        texts = {column: tokenizer.decode(ids) for column, ids in tokens[0].items()}
-        say("the first: " + " ".join(f"{column}【{text}】" for column, text in texts.items()))
-    return Data(raw.select(kept), tokens, lengths)
+    return Data(raw.select(kept), tokens, np.stack(lengths, axis=1), score_prompts)
 
 
-def check_columns(raw, name: str, tokenizer, completions: tuple[str, ...]) -> None:
-    """Fail unless there are rows with the columns that are needed, of texts or messages."""
-    found, pair = {*raw.column_names}, {"chosen", "rejected"}
-    if not ("prompt" in found or pair <= found) or not {*completions} <= found:
-        wanted = ", ".join(completions) or "prompt, or chosen and rejected"
-        fail(f"the {name} data lack columns: {wanted} are needed; found {', '.join(raw.column_names)}")
-    if not len(raw):
-        fail(f"the {name} data are empty")
-    for column in [column for column in ("prompt", "chosen", "rejected", *completions) if column in found]:
-        first = raw[0][column]
-        messages = first if isinstance(first, list) else []
-        if not isinstance(first, str | list | None) or not all(is_message(message) for message in messages):
-            kind = f"lists of {type(first[0]).__name__}s" if messages else f"{type(first).__name__}s"
-            fail(
-                f"column {column} of the {name} data has {kind}, not texts or messages with role and content"
-            )
-        if messages and not tokenizer.chat_template:
-            fail("the data are conversations, but the tokenizer has no chat template")
-
-
-def is_message(value) -> bool:
-    return isinstance(value, dict) and "role" in value
-
-
-def tokenize(row: dict, tokenizer, completions: tuple[str, ...], max_length: int, room: int) -> dict:
+def tokenize(row: dict, tokenizer, completions: list[str], max_length: int, room: int) -> dict:
     """Token ids of a row's `prompt` and completions, or the `problem` that rules the row out.
 
     Completions are cut at the end so that `max_length` is kept; the prompt is never cut, and leaves `room`.
+    Raises ValueError for columns that are neither texts nor messages.
     """
     result = {name: [] for name in ("prompt", *completions)} | {"problem": "", "straddles": False}
+    for name in {"prompt", "chosen", "rejected", *completions} & {*row}:
+        parts = row[name] if isinstance(row[name], list) else [{}]
+        if not isinstance(row[name], str | list | None) or not all(isinstance(part, dict) for part in parts):
+            raise ValueError(f"{name} is {row[name]!r:.50}, not a text or messages with role and content")
     if not all(row[name] for name in completions):
         return result | {"problem": "a completion is empty"}
-    prompt, *answers = split_prompt(row, completions)
-    answers = answers[: len(completions)]  # a method that samples its completions takes none of the row's
-    if any(is_empty(answer) for answer in answers):
-        return result | {"problem": "a completion is empty"}
-    if prompt == []:
-        return result | {"problem": "the conversations share no message"}
-    if not prompt and not completions:
-        return result | {"problem": "the prompt is empty"}
-    roles = [[message.get("role") for message in answer] for answer in answers if isinstance(answer, list)]
-    if not all("assistant" in turns for turns in roles):
-        return result | {"problem": "a completion has no message of the assistant"}
-
     try:
-        alone = encode(tokenizer, prompt)
-        whole = [encode(tokenizer, prompt, answer) for answer in answers]
-    except Exception as error:  # whatever a template does with what it was not written for
+        prompt, *answers = split_prompt(row, completions)
+        answers = answers[: len(completions)]  # a method that samples its completions takes none of the row's
+        if any(isinstance(y, list) and all(m["role"] != "assistant" for m in y) for y in answers):
+            return result | {"problem": "a completion has no message of the assistant"}
+        turns = [turn for y in answers for turn in ([{"content": y}] if isinstance(y, str) else y[-1:])]
+        if not all(turn.get("content") or turn.get("tool_calls") for turn in turns):
+            return result | {"problem": "a completion is empty"}
+        alone, whole = encode(tokenizer, prompt or ""), [encode(tokenizer, prompt or "", y) for y in answers]
+    except Exception as error:  # a message without a role, or whatever a template was not written for
         return result | {"problem": f"the chat template refuses it: {first_line(error)}"}
-    # A token may span prompt and completion, or depend on what follows. So the prompt ends where the
-    # encoded conversations part.
+    # Of messages, only the template may make special tokens: an <|im_end|> in a text would end the turn.
+    text = json.dumps([prompt, answers], ensure_ascii=False, default=str) if isinstance(prompt, list) else ""
+    if any(token.special and token.content in text for token in tokenizer.added_tokens_decoder.values()):
+        return result | {"problem": "the text of a message spells a special token"}
+    # A token may span prompt and completion, or depend on what follows: the prompt is what all begin with.
     shared = min([len(alone), *(shared_length(alone, ids) for ids in whole)])
     prompt, answers = alone[:shared], [ids[shared:] for ids in whole]
-    if not prompt:  # the first token of a completion needs something to be predicted from
-        if not completions:
-            return result | {"problem": "the prompt is empty"}
-        if tokenizer.bos_token_id is None:
-            return result | {"problem": "the prompt is empty, and there is no BOS token to stand for it"}
-        prompt = [tokenizer.bos_token_id]
+    if not prompt and (not completions or tokenizer.bos_token_id is None):
+        return result | {"problem": "the prompt is empty, and no BOS token stands for it"}
+    prompt = prompt or [tokenizer.bos_token_id]  # something has to predict a completion's first token
     if len(prompt) + room > max_length:
         return result | {"problem": f"the prompt leaves no room for a completion in max_length {max_length}"}
     answers = [ids[: max_length - len(prompt)] for ids in answers]
@@ -511,26 +426,19 @@ def tokenize(row: dict, tokenizer, completions: tuple[str, ...], max_length: int
     return result | ids | {"prompt": prompt, "straddles": shared < len(alone)}
 
 
-def split_prompt(row: dict, completions: tuple[str, ...] = ()) -> list:
+def split_prompt(row: dict, completions: list[str] | None = None) -> list:
     """[prompt, *completions] of a row, all of them texts, or all of them lists of messages.
 
-    Without `completions`, the row's own chosen and rejected ones tell where a prompt ends that is not given.
+    Without `completions`, the row's own pair, if it has one, tells where a prompt ends that is not given.
     """
     names = completions or [name for name in ("chosen", "rejected") if row.get(name)]
     prompt, answers = row.get("prompt"), [row[name] for name in names]
     if isinstance(prompt, list):
         answers = [[{"role": "assistant", "content": y}] if isinstance(y, str) else y for y in answers]
     if isinstance(prompt, str) and answers and isinstance(answers[0], list):
-        # A text beside messages repeats the prompt that the messages have already, unless they begin with
-        # the answer.
+        # Unless the messages begin with the answer, they have the prompt as well.
         prompt = [{"role": "user", "content": prompt}] if answers[0][0].get("role") == "assistant" else None
     return extract_prompt(*answers) if prompt is None and len(answers) == 2 else [prompt, *answers]
-
-
-def is_empty(completion: str | list[dict]) -> bool:
-    if isinstance(completion, str):
-        return not completion
-    return not any(message.get("content") or message.get("tool_calls") for message in completion)
 
 
 def extract_prompt(chosen, rejected) -> list:
@@ -539,8 +447,8 @@ def extract_prompt(chosen, rejected) -> list:
     if is_text:
         chosen, rejected = (re.findall(r"\s*\S+|\s+", text) for text in (chosen, rejected))
     n = min(shared_length(chosen, rejected), len(chosen) - 1, len(rejected) - 1)  # leave something of both
-    parts = chosen[:n], chosen[n:], rejected[n:]
-    return ["".join(part) for part in parts] if is_text else [*parts]
+    parts = [chosen[:n], chosen[n:], rejected[n:]]
+    return ["".join(part) for part in parts] if is_text else parts
 
 
 def shared_length(a: list, b: list) -> int:
@@ -548,14 +456,12 @@ def shared_length(a: list, b: list) -> int:
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
-def encode(
-    tokenizer, prompt: str | list[dict], completion: str | list[dict] | None = None, *, ended: bool = True
-) -> list[int]:
+def encode(tokenizer, prompt, completion=None, *, ended: bool = True) -> list[int]:
     """Token ids of a prompt that waits for its completion, or of a prompt with its completion.
 
-    Of conversations, they are what the chat template makes. Of texts: one BOS, if the tokenizer adds it or
-    the text has it; one EOS after a completion; and a prompt keeps an EOS that it has. A completion that
-    has not `ended` was cut off: it gets no end of turn and no EOS.
+    Of messages, they are what the chat template makes. Of texts: one BOS, if the tokenizer adds it or the
+    text has it; one EOS after a completion; and a prompt keeps an EOS that it has. A completion that has
+    not `ended` was cut off: it gets no end of turn and no EOS.
     """
     if isinstance(prompt, list):
         if completion and prompt[-1]["role"] == completion[0]["role"] == "assistant":  # one turn, continued
@@ -564,42 +470,17 @@ def encode(
         messages = [{k: v for k, v in m.items() if v is not None} for m in prompt + (completion or [])]
         is_open = messages[-1]["role"] == "assistant" and (completion is None or not ended)
         asks = completion is None and not is_open
-        return encode_messages(
-            tokenizer, messages, continue_final_message=is_open, add_generation_prompt=asks
-        )
-    text, bos, eos = prompt + (completion or ""), tokenizer.bos_token_id, tokenizer.eos_token_id
-    ids = tokenizer(text)["input_ids"]
+        options = {"continue_final_message": is_open, "add_generation_prompt": asks, "return_dict": False}
+        return tokenizer.apply_chat_template(messages, **options)
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    ids = tokenizer(prompt + (completion or ""))["input_ids"]
     if ids[:2] == [bos, bos]:  # one is the tokenizer's, one the text's own
         ids = ids[1:]
     while ids[-1:] == [eos] and ids != [bos]:  # some tokenizers, such as OPT's, have BOS = EOS
         ids = ids[:-1]
-    ends = completion is not None and ended
-    if completion is None:
-        ends = text.endswith(tokenizer.eos_token or "\0") and ids != [bos]
+    prompt_ends = prompt.endswith(tokenizer.eos_token or "\0") and ids != [bos]
+    ends = prompt_ends if completion is None else ended
     return [*ids, eos] if ends and eos is not None else ids
-
-
-MARK = "\ue000"  # a character for private use
-
-
-def encode_messages(tokenizer, messages: list[dict], **options) -> list[int]:
-    """Token ids of a conversation, in which only the chat template can write special tokens.
-
-    Text that spells one stays text: an <|im_end|> in a user's message does not end that message.
-    """
-    special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
-    text = json.dumps(messages, ensure_ascii=False, default=str)
-    pattern = "|".join(map(re.escape, special)) or "(?!)"
-    marked = re.sub(pattern, lambda match: match[0][0] + MARK + match[0][1:], text)
-    if marked == text:
-        return tokenizer.apply_chat_template(messages, return_dict=False, **options)
-    rendered = tokenizer.apply_chat_template(json.loads(marked), tokenize=False, **options)
-    pattern = "|".join(re.escape(token[0] + MARK + token[1:]) for token in special)
-    ids = []
-    for i, piece in enumerate(re.split(f"({pattern})", rendered)):  # every other piece is a marked one
-        options = {"add_special_tokens": False, "split_special_tokens": i % 2 == 1}
-        ids += tokenizer(piece.replace(MARK, "") if i % 2 else piece, **options)["input_ids"]
-    return ids
 
 
 # -------------------------------------------------------------------------------------------------- processes
@@ -617,19 +498,28 @@ def one_line(what: str) -> Iterator[None]:
     """Let any exception of the block end the program with one line: `what`, and what the exception says."""
     try:
         yield
-    except Exception as error:
-        cause = error.__cause__ or error
-        fail(f"{what}: {first_line(cause) or type(cause).__name__}")
+    except (Exception, CheckpointException) as error:  # the latter is no Exception
+        fail(f"{what}: {first_line(error.__cause__ or error)}")
 
 
 def first_line(error: BaseException) -> str:
-    return str(error).strip().split("\n")[0]
+    """What an exception says; of one that dcp has collected from the processes, the first."""
+    if isinstance(error, CheckpointException):
+        error = next(iter(error.failures.values()))[0]
+    return str(error).strip().split("\n")[0] or type(error).__name__
 
 
 def say(message: str) -> None:
     """Print a line from rank 0, above the progress bar."""
     if int(os.environ.get("RANK", 0)) == 0:
         tqdm.write(message)
+
+
+def from_rank_0(value):
+    """Rank 0's value, so that all processes decide alike."""
+    box = [value]
+    dist.broadcast_object_list(box)
+    return box[0]
 
 
 def start(args: Arguments) -> tuple[int, int, torch.device]:
@@ -644,14 +534,10 @@ def start(args: Arguments) -> tuple[int, int, torch.device]:
         torch.cuda.set_device(device)
     if args.bf16 is None:
         args.bf16 = device.type == "cuda" and args.dtype != "float64"
-    if problem := output_dir_problem(args):
-        fail(problem)
-    if is_finished(args):
-        say(f"finished already, in {args.output_dir}; --overwrite_output_dir starts anew")
-        raise SystemExit(0)
+    check_output_dir(args)
     if args.push_to_hub:
         with one_line("--push_to_hub"):  # fail now, not after training, if nothing could be uploaded
-            importlib.import_module("huggingface_hub").HfApi().whoami()
+            huggingface_hub.HfApi().whoami()
 
     # Others wait while the first process tokenizes: for longer than the default of some minutes.
     timeout = timedelta(hours=2)
@@ -660,31 +546,12 @@ def start(args: Arguments) -> tuple[int, int, torch.device]:
         # torchrun restarts processes with a store that still has the addresses of the dead ones. (On several
         # nodes it counts restarts apart: there, TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 makes a new store.)
         store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
-    # Tensors on GPUs go by nccl, Python objects by gloo.
-    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"  # gloo for Python objects
     dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
     transformers.utils.logging.disable_progress_bar()
     if rank > 0:
         datasets.disable_progress_bars()
     return rank, world, device
-
-
-def seed(*numbers: int) -> None:
-    """Make random numbers from here on a function of these numbers, such as seed, step and rank."""
-    torch.manual_seed(hash(numbers))
-
-
-def all_reduce(values: dict[str, Tensor | float], device: torch.device) -> dict[str, float]:
-    """The sums over all processes of values that all of them give in the same order, under the same names."""
-    checksum = zlib.crc32(" ".join(values).encode())
-    extremes = torch.tensor([checksum, -checksum])
-    dist.all_reduce(extremes, op=dist.ReduceOp.MAX)
-    if extremes[0] != -extremes[1]:
-        fail(f"the processes log different metrics; this one: {', '.join(values)}", alone=True)
-    sums = [torch.as_tensor(value, dtype=torch.float64, device=device) for value in values.values()]
-    sums = torch.stack(sums)
-    dist.all_reduce(sums)
-    return dict(zip(values, sums.tolist(), strict=True))
 
 
 # ----------------------------------------------------------------------------------------------------- models
@@ -701,15 +568,15 @@ def from_pretrained(kind, path: str, args: Arguments, **options):
 
 def load_tokenizer(path: str, args: Arguments):
     """The tokenizer of a model, if these scripts can train or score with that model."""
-    tokenizer, config = (from_pretrained(kind, path, args) for kind in (AutoTokenizer, AutoConfig))
+    tokenizer = from_pretrained(transformers.AutoTokenizer, path, args)
+    config = from_pretrained(AutoConfig, path, args)
     known = config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or args.trust_remote_code
     if config.is_encoder_decoder or not known or getattr(config, "vision_config", None):
         fail(f"{path} is of type {config.model_type}, not a language model with a decoder alone")
     if tokenizer.eos_token_id is None:
         fail(f"the tokenizer of {path} has no EOS token to end completions with: set its eos_token")
-    if len(tokenizer) > config.get_text_config().vocab_size:
-        sizes = f"{len(tokenizer)} tokens, but the model embeds {config.get_text_config().vocab_size}"
-        fail(f"the tokenizer of {path} has {sizes}: resize_token_embeddings, or take out what was added")
+    if len(tokenizer) > (size := config.get_text_config().vocab_size):
+        fail(f"{path} has {len(tokenizer)} tokens, but embeds {size}: resize_token_embeddings of the model")
     return tokenizer
 
 
@@ -772,12 +639,6 @@ def clip_grad_norm(model, max_norm: float) -> float:
     return torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm).full_tensor().item()
 
 
-def mix_weights(reference, policy, share: float) -> None:
-    """Move the reference's weights towards the policy's by `share` of the difference (TR-DPO, 2404.09656)."""
-    for old, new in zip(reference.parameters(), policy.parameters(), strict=True):
-        old.data.lerp_(new.data, share)
-
-
 # ------------------------------------------------------------------------------------------------- generation
 
 
@@ -810,8 +671,7 @@ def gathered(model, args: Arguments) -> Iterator[bool]:
 def eos_ids(model, tokenizer) -> list[int]:
     """The tokens that end a completion: the tokenizer's EOS and those of the model's generation config."""
     eos = model.generation_config.eos_token_id
-    eos = eos if isinstance(eos, list) else [] if eos is None else [eos]
-    return sorted({*eos, tokenizer.eos_token_id})
+    return sorted({tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])} - {None})
 
 
 @torch.no_grad()
@@ -820,24 +680,22 @@ def generate(model, tokenizer, prompts: list[list[int]], args: Arguments, **samp
 
     `sampling` are options of transformers' generate(), such as do_sample and temperature.
     """
-    was_training, config = model.training, model.generation_config
-    eos = eos_ids(model, tokenizer)
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else eos[0]
+    was_training, config, eos = model.training, model.generation_config, eos_ids(model, tokenizer)
+    pad = eos[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     # A fresh configuration: the checkpoint's temperature, top-k and so on must not change the distribution.
     sampling |= {"eos_token_id": eos, "pad_token_id": pad, "max_new_tokens": args.max_new_tokens}
     model.generation_config = transformers.GenerationConfig(**sampling)
-    completions, size = [], args.per_device_eval_batch_size
     model.eval()  # in training mode, gradient checkpointing would switch off the cache of keys and values
+    completions, size = [], args.per_device_eval_batch_size
+    left = {"batch_first": True, "padding_side": "left"}  # so that completions begin in the same column
     try:
         with gathered(model, args) as full:
-            for part in (prompts[start : start + size] for start in range(0, len(prompts), size)):
-                # Padding is on the left, so that all completions begin in the same column.
-                padded = {"batch_first": True, "padding_side": "left"}
-                ids = pad_sequence([torch.tensor(p) for p in part], padding_value=pad, **padded)
-                mask = pad_sequence([torch.ones(len(p), dtype=torch.long) for p in part], **padded)
-                inputs = {"input_ids": ids.to(model.device), "attention_mask": mask.to(model.device)}
-                out = model.generate(**inputs, synced_gpus=not full)
-                completions += out[:, ids.shape[1] :].tolist()
+            for start in range(0, len(prompts), size):
+                part = [torch.tensor(prompt) for prompt in prompts[start : start + size]]
+                ids = pad_sequence(part, padding_value=pad, **left).to(model.device)
+                mask = pad_sequence([torch.ones_like(prompt) for prompt in part], **left).to(model.device)
+                output = model.generate(input_ids=ids, attention_mask=mask, synced_gpus=not full)
+                completions += output[:, ids.shape[1] :].tolist()
     finally:
         model.train(was_training)
         model.generation_config = config
@@ -854,29 +712,26 @@ def complete(policy, tokenizer, test: Data, args: Arguments, step: int) -> tuple
     count = min(args.eval_prompts, len(test.lengths)) // world * world  # equally many on all processes
     if not count:
         return {}, []
-    prompts = test.tokens[range(rank, count, world)]["prompt"]
-    seed(args.seed, step, rank, 1)  # training steps have seeds of three numbers
-    samples = {
-        "step": [step] * len(prompts),
-        "prompt": tokenizer.batch_decode(prompts, skip_special_tokens=True),
-    }
-    for name, how in (("greedy", {"do_sample": False}), ("sampled", {"do_sample": True, "top_k": 0})):
-        samples[name] = decode_answers(tokenizer, prompts, generate(policy, tokenizer, prompts, args, **how))
-    if "answer" in test.raw.column_names:
-        samples["answer"] = test.raw[range(rank, count, world)]["answer"]
-    samples, metrics = gather_rows(samples), {}
-    if "answer" in test.raw.column_names:
-        for name, kind in (("exact_match", "greedy"), ("exact_match_sampled", "sampled")):
-            right = [sample[kind].strip() == str(sample["answer"]).strip() for sample in samples]
-            metrics[name] = sum(right) / count
+    rows = range(rank, count, world)
+    prompts = test.tokens[rows]["prompt"]
+    torch.manual_seed(hash((args.seed, step, rank, 1)))  # a training step has three numbers for a seed
+    columns = {"step": [step] * len(rows)}
+    columns["prompt"] = tokenizer.batch_decode(prompts, skip_special_tokens=True)
+    for name, options in (("greedy", {"do_sample": False}), ("sampled", {"do_sample": True, "top_k": 0})):
+        answers = generate(policy, tokenizer, prompts, args, **options)
+        columns[name] = decode_answers(tokenizer, prompts, answers)
+    if "answer" not in test.raw.column_names:
+        return {}, gather_rows(columns)
+    samples, metrics = gather_rows(columns | {"answer": test.raw[rows]["answer"]}), {}
+    for metric, name in (("exact_match", "greedy"), ("exact_match_sampled", "sampled")):
+        right = [sample[name].strip() == str(sample["answer"]).strip() for sample in samples]
+        metrics[metric] = sum(right) / count
     return metrics, samples
 
 
-def decode_answers(
-    tokenizer, prompts: list[list[int]], answers: list[list[int]], *, skip_special_tokens: bool = True
-) -> list[str]:
+def decode_answers(tokenizer, prompts: list[list[int]], answers: list[list[int]], **options) -> list[str]:
     """The texts of answers behind their prompts: decoded alone, some would lose a space they begin with."""
-    options = {"skip_special_tokens": skip_special_tokens, "clean_up_tokenization_spaces": False}
+    options = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False} | options
     before = tokenizer.batch_decode(prompts, **options)
     whole = tokenizer.batch_decode([x + y for x, y in zip(prompts, answers, strict=True)], **options)
     return [text[len(prompt) :] for prompt, text in zip(before, whole, strict=True)]
@@ -898,39 +753,40 @@ class Log:
 
     A script adds the shares of its micro-batches, such as a sum over their pairs divided by the number of
     pairs in the global batch. Shares of the same name add up, over micro-batches and processes, to the mean
-    over the global batch. After SIGTERM or SIGINT, the current step is finished and `all_reduce` says so.
+    over the global batch. After SIGTERM or SIGINT, the current step is finished, and all_reduce says so.
     """
 
     def __init__(self, args: Arguments, first_step: int, steps: int, rows: int, device: torch.device):
         self.args, self.steps, self.rows, self.device = args, steps, rows, device
-        self.shares: dict[str, Tensor | float] = {}
-        self.signaled = False
+        self.shares, self.signals = {}, []
         self.skipped = 0  # steps in a row, because of a gradient that was not finite
         for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self.on_signal)
+            signal.signal(number, lambda number, frame: self.signals.append(number))
         self.is_main = dist.get_rank() == 0
         self.bar = tqdm(initial=first_step, total=steps, disable=not self.is_main, dynamic_ncols=True)
         if self.is_main:
             self.metrics = reopen(Path(args.output_dir, "metrics.jsonl"), first_step)
             self.completions = reopen(Path(args.output_dir, "completions.jsonl"), first_step)
-        self.track = tracker(args) if self.is_main else lambda metrics, step: None
+        self.tracker = open_tracker(args) if self.is_main and args.report_to != "none" else None
         self.time = time.perf_counter()
-
-    def on_signal(self, number: int, frame) -> None:
-        self.signaled = True
 
     def add(self, shares: dict[str, Tensor | float]) -> None:
         for name, value in shares.items():
-            value = value.detach().double() if isinstance(value, Tensor) else value
-            self.shares[name] = self.shares.get(name, 0.0) + value
+            self.shares[name] = self.shares.get(name, 0.0) + torch.as_tensor(value).detach().double()
 
     def all_reduce(self) -> tuple[dict[str, float], bool]:
-        """(metrics, interrupted): the sums of what all processes added since the last call, and whether one
-        of them was told to stop.
+        """(metrics, interrupted): the sums of what all processes added since the last call, under the same
+        names in the same order, and whether one of them was told to stop.
         """
-        sums = all_reduce(self.shares | {"interrupted": float(self.signaled)}, self.device)
-        self.shares = {}
-        return sums, sums.pop("interrupted") > 0
+        shares, self.shares = self.shares | {"interrupted": torch.tensor(len(self.signals)).double()}, {}
+        names = [None] * dist.get_world_size()
+        dist.all_gather_object(names, [*shares])
+        if odd := [other for other in names if other != names[0]]:
+            fail(f"processes log different metrics: {', '.join(names[0])} and {', '.join(odd[0])}")
+        sums = torch.stack([value.to(self.device) for value in shares.values()])
+        dist.all_reduce(sums)
+        metrics = dict(zip(shares, sums.tolist(), strict=True))
+        return metrics, metrics.pop("interrupted") > 0
 
     def step(self, step: int, metrics: dict[str, float], tokens: int) -> None:
         """Write the metrics of a step, with its speed; `tokens` are those of the global batch."""
@@ -941,13 +797,11 @@ class Log:
         metrics |= {"pairs_per_second": pairs / seconds, "tokens_per_second": float(tokens / seconds)}
         if self.device.type == "cuda":
             metrics["peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
-        self.write(step + 1, metrics)
         shown = {"loss": "loss", "margin": "rewards/margins", "accuracy": "rewards/accuracies"}
         shown = {short: f"{metrics[name]:.3g}" for short, name in shown.items() if name in metrics}
         self.bar.set_postfix(shown | {"pairs/s": f"{pairs / seconds:.1f}"}, refresh=False)
         self.bar.update()
-        if (step + 1) % self.args.logging_steps == 0 or step + 1 == self.steps:
-            self.report(step + 1, metrics)
+        self.write(step + 1, metrics, (step + 1) % self.args.logging_steps == 0 or step + 1 == self.steps)
         if self.skipped == 3:
             fail(f"the gradient was not finite in three steps up to {step + 1}; the checkpoints are intact")
 
@@ -956,41 +810,37 @@ class Log:
 
     def evaluation(self, step: int, metrics: dict[str, float], samples: list[dict]) -> None:
         """Write metrics of the test split and completions of test prompts, after `step` steps."""
-        metrics = {f"eval_{name}": value for name, value in metrics.items()}
         if self.is_main:
             self.completions.writelines(json.dumps(sample) + "\n" for sample in samples)
-        self.write(step, metrics)
-        self.report(step, metrics)
+        self.write(step, {f"eval_{name}": value for name, value in metrics.items()}, report=True)
         for sample in samples[:3]:
             say("    " + "  ".join(f"{name} {value!r}" for name, value in sample.items() if name != "step"))
         self.time = time.perf_counter()
 
-    def write(self, step: int, metrics: dict[str, float]) -> None:
+    def write(self, step: int, metrics: dict[str, float], report: bool) -> None:
+        if report:
+            values = " ".join(f"{name} {value:.4g}" for name, value in metrics.items())
+            say(f"step {step}/{self.steps} {values}")
+        if report and self.tracker:
+            self.tracker.log(metrics, step=step)
         if self.is_main:
             strict = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
             with one_line(f"cannot write the metrics of step {step}; the checkpoints are intact"):
                 self.metrics.write(json.dumps({"step": step, **strict}, allow_nan=False) + "\n")
 
-    def report(self, step: int, metrics: dict[str, float]) -> None:
-        say(f"step {step}/{self.steps} " + " ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
-        self.track(metrics, step)
-
     def close(self) -> None:
         self.bar.close()
-        self.track(None, self.steps)
+        if self.tracker:
+            self.tracker.finish()
 
 
 def reopen(path: Path, first_step: int) -> TextIO:
-    """Open a .jsonl file to append to, without the lines that a run resumed at `first_step` writes again."""
-    lines = path.read_text().split("\n")[:-1] if path.exists() else []  # behind the last \n, a line is torn
-    lines = [(json.loads(line), line) for line in lines]
+    """A .jsonl file to append to, without the lines that a run resumed at `first_step` writes again."""
+    lines = path.read_text().split("\n")[:-1] if path.exists() else []  # a line without an end is torn
+    rows = [json.loads(line) for line in lines]
     # A step's own line is written before its checkpoint, an evaluation of that step after it.
-    kept = [
-        line
-        for row, line in lines
-        if row["step"] < first_step or (row["step"] == first_step and "loss" in row)
-    ]
-    replace_text(path, "".join(line + "\n" for line in kept))
+    kept = [row for row in rows if row["step"] < first_step + ("loss" in row)]
+    replace_text(path, "".join(json.dumps(row) + "\n" for row in kept))
     return path.open("a", buffering=1)
 
 
@@ -1003,102 +853,85 @@ def replace_text(path: Path, text: str) -> None:
     path.with_suffix(".tmp").replace(path)
 
 
-def tracker(args: Arguments) -> Callable[[dict[str, float] | None, int], None]:
-    """A function of metrics and step that reports to the tracker of --report_to; metrics None closes it."""
-    if args.report_to == "none":
-        return lambda metrics, step: None
+def open_tracker(args: Arguments):
+    """The tracker of --report_to: an object with wandb's functions log and finish, which trackio has as well."""
     if args.report_to == "tensorboard":
-        from torch.utils.tensorboard import SummaryWriter
-
-        writer = SummaryWriter(Path(args.output_dir, "tensorboard"))
-        write, close = lambda m, step: [writer.add_scalar(k, v, step) for k, v in m.items()], writer.close
-    else:  # wandb and trackio have the same interface
-        tracking = importlib.import_module(args.report_to)
-        tracking.init(project=Path(args.output_dir).name, name=args.run_name, config=asdict(args))
-        write, close = lambda m, step: tracking.log(m, step=step), tracking.finish
-    return lambda metrics, step: close() if metrics is None else write(metrics, step)
+        writer = importlib.import_module("torch.utils.tensorboard").SummaryWriter(args.output_dir)
+        add = writer.add_scalar
+        return SimpleNamespace(
+            finish=writer.close, log=lambda m, step: [add(*item, step) for item in m.items()]
+        )
+    tracker = importlib.import_module(args.report_to)
+    tracker.init(project=Path(args.output_dir).name, name=args.run_name, config=asdict(args))
+    return tracker
 
 
 # ------------------------------------------------------------------------------------------------ checkpoints
 
 # Flags that may differ on resume. Those in the second line change rounding, and so perhaps what is sampled.
-MAY_CHANGE = """output_dir overwrite_output_dir dataset_num_proc logging_steps report_to run_name save_steps
+MAY_CHANGE = """finished output_dir overwrite_output_dir dataset_num_proc logging_steps report_to run_name
     per_device_train_batch_size per_device_eval_batch_size gradient_checkpointing
-    save_total_limit push_to_hub hub_model_id traceback""".split()
+    save_steps save_total_limit push_to_hub hub_model_id traceback""".split()
 # What overwrite_output_dir deletes; run.json last, because it tells that the rest belongs to a run.
-WRITTEN = """checkpoints metrics.jsonl completions.jsonl reference_logps_* tensorboard model*.safetensors
+WRITTEN = """checkpoints metrics.jsonl completions.jsonl reference_logps_* events.out.* model*.safetensors
     model.safetensors.index.json run.json""".split()
-RUN_FORMAT = 2  # of run.json, checkpoints and metrics.jsonl; runs in another format cannot be resumed
-LOCKS: dict[str, int] = {}  # by directory; a notebook may start a run again in the same process
+LOCKS: dict[str, int] = {}  # open directories; a notebook may start a run again in the same process
 
 
-def read_run(args: Arguments) -> dict | None:
-    """The content of run.json, which tells what runs in output_dir; None if there is none, or it is to go."""
-    file = Path(args.output_dir, "run.json")
-    return json.loads(file.read_text()) if file.exists() and not args.overwrite_output_dir else None
+def describe_run(args: Arguments, *, finished: bool) -> dict:
+    """The content of run.json. `format` is that of all files of a run."""
+    return {"format": 2, "finished": finished, "script": Path(sys.argv[0]).name, **asdict(args)}
 
 
 def write_run(args: Arguments, *, finished: bool) -> None:
-    run = {"format": RUN_FORMAT, "script": Path(sys.argv[0]).name, "arguments": asdict(args)}
-    replace_text(Path(args.output_dir, "run.json"), json.dumps(run | {"finished": finished}, indent=2))
+    replace_text(
+        Path(args.output_dir, "run.json"), json.dumps(describe_run(args, finished=finished), indent=2)
+    )
 
 
-def is_finished(args: Arguments) -> bool:
-    return (read_run(args) or {}).get("finished", False)
-
-
-def output_dir_problem(args: Arguments) -> str:
-    """Why a run with these arguments cannot begin or resume in output_dir; "" if it can."""
-    folder = Path(args.output_dir).absolute()
+def check_output_dir(args: Arguments) -> None:
+    """End the program unless this run can begin or resume in output_dir."""
+    folder, file = Path(args.output_dir).absolute(), Path(args.output_dir, "run.json")
     there = next(path for path in (folder, *folder.parents) if path.exists())
     if not there.is_dir() or not os.access(there, os.W_OK):
-        return f"cannot write to --output_dir {args.output_dir}"
-    for name, path in asdict(args).items():
-        if name.endswith("_path") and path and Path(path).resolve() == folder.resolve():
-            return f"--output_dir is where --{name} is: it would be overwritten"
-    if not (run := read_run(args)):
-        return ""
-    way_out = "change --output_dir or --overwrite_output_dir"
-    if run.get("format") != RUN_FORMAT:
-        return f"the run in {args.output_dir} is of another version of this program: {way_out}"
-    new, old = {"script": Path(sys.argv[0]).name} | asdict(args), {"script": run["script"]} | run["arguments"]
-    if args.data_digest is None:  # the data are not loaded yet
-        new.pop("data_digest")
-    differ = [name for name in new if name not in MAY_CHANGE and old.get(name) != new[name]]
+        fail(f"cannot write to --output_dir {args.output_dir}")
+    if not file.exists() and (folder / "config.json").exists():
+        fail(f"--output_dir {args.output_dir} has a model, which would be overwritten")
+    if args.overwrite_output_dir or not file.exists():
+        return
+    old, new = json.loads(file.read_text()), describe_run(args, finished=False)
+    unknown = ["data_digest"] if args.data_digest is None else []  # before the data are loaded
+    differ = [name for name in new if name not in MAY_CHANGE + unknown and old.get(name) != new[name]]
     changes = ", ".join(f"{name} {old.get(name)} (now {new[name]})" for name in differ)
-    return f"another run is in {args.output_dir}: {changes}; {way_out}" if changes else ""
+    if "format" in differ:
+        changes = "one of another version of this program"
+    if changes:
+        fail(f"another run is in {args.output_dir}: {changes}; change --output_dir or --overwrite_output_dir")
+    if old["finished"]:
+        say(f"finished already, in {args.output_dir}; --overwrite_output_dir starts anew")
+        raise SystemExit(0)
 
 
 def claim_output_dir(args: Arguments) -> None:
-    """Lock output_dir for this run, which begins or resumes there; all processes fail if it cannot."""
-    problem = [""]
+    """Begin or resume a run in output_dir, which other programs then cannot do until this one ends."""
+    check_output_dir(args)  # again, because now the data are known
+    dist.barrier()
+    folder, is_free = Path(args.output_dir), True
     if dist.get_rank() == 0:
-        Path(args.output_dir).mkdir(parents=True, exist_ok=True)
-        # torchrun's restart of a run with --overwrite_output_dir must not delete what that run has written.
-        if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
-            args.overwrite_output_dir = False
-        problem = [lock(args.output_dir) or output_dir_problem(args)]
-        if not problem[0]:
-            if args.overwrite_output_dir:
-                for path in [p for name in WRITTEN for p in Path(args.output_dir).glob(name)]:
-                    shutil.rmtree(path) if path.is_dir() else path.unlink()
-            write_run(args, finished=False)
-    dist.broadcast_object_list(problem)
-    if problem[0]:
-        fail(problem[0])
-
-
-def lock(folder: str) -> str:
-    """Keep other processes out of `folder` until this one ends, however it ends; why not, if it cannot."""
-    try:
-        if folder not in LOCKS:
-            LOCKS[folder] = os.open(folder, os.O_RDONLY)
-        fcntl.flock(LOCKS[folder], fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return f"another run is running in {folder}"
-    except OSError:
-        pass  # a file system without locks
-    return ""
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            LOCKS[folder] = LOCKS.get(folder) or os.open(folder, os.O_RDONLY)
+            fcntl.flock(LOCKS[folder], fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:  # of other kinds on file systems without locks
+            is_free = not isinstance(error, BlockingIOError)
+    if not from_rank_0(is_free):
+        fail(f"another run is running in {args.output_dir}")
+    if dist.get_rank() == 0:
+        # A restart by torchrun must not delete again.
+        if args.overwrite_output_dir and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
+            for path in [path for name in WRITTEN for path in folder.glob(name)]:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        write_run(args, finished=False)
 
 
 def complete_checkpoints(args: Arguments) -> list[Path]:
@@ -1106,71 +939,45 @@ def complete_checkpoints(args: Arguments) -> list[Path]:
     return sorted(path.parent for path in Path(args.output_dir, "checkpoints").glob("*/.metadata"))
 
 
-def tidy_checkpoints(args: Arguments) -> None:
-    """Keep the newest save_total_limit checkpoints; delete older ones, and what a killed save has left."""
-    kept = complete_checkpoints(args)[-args.save_total_limit :]
-    for folder in Path(args.output_dir, "checkpoints").glob("*"):
-        if folder not in kept:
-            (folder / ".metadata").unlink(missing_ok=True)  # first: half deleted, it must not look complete
-            shutil.rmtree(folder)
-
-
 def training_state(policy, optimizer, step: int, method_state: dict) -> dict:
-    model, optim = dsd.get_state_dict(policy, optimizer)
-    return {
-        "model": model,
-        "optimizer": optim,
-        "step": step,
-        "processes": dist.get_world_size(),
-        **method_state,
-    }
+    weights, moments = dsd.get_state_dict(policy, optimizer)
+    own = {"model": weights, "optimizer": moments, "step": step, "world": dist.get_world_size()}
+    return own | method_state
 
 
 def save_checkpoint(args: Arguments, policy, optimizer, step: int, method_state: dict) -> None:
     """Save the state after `step` steps. `method_state` is a method's own: tensors, or dicts of them."""
     folder = Path(args.output_dir, "checkpoints", f"{step:08d}")
-    try:
+    free = f"{shutil.disk_usage(args.output_dir).free // 2**20} MiB are free"
+    with one_line(f"cannot save a checkpoint after step {step} ({free}); earlier ones are intact"):
         dcp.save(training_state(policy, optimizer, step, method_state), checkpoint_id=folder)
         if dist.get_rank() == 0:
-            tidy_checkpoints(args)
+            kept = complete_checkpoints(args)[-args.save_total_limit :]
+            for old in [path for path in folder.parent.iterdir() if path not in kept]:
+                (old / ".metadata").unlink(missing_ok=True)  # first: half deleted, it must not look complete
+                shutil.rmtree(old)
         dist.barrier()  # nobody leaves before the checkpoint is complete
-    except (OSError, CheckpointException) as error:
-        free = shutil.disk_usage(args.output_dir).free // 2**20
-        reason = f"{cause_of(error)} ({free} MiB are free)"
-        alone = isinstance(error, OSError)  # the other kind of error reaches all processes
-        fail(f"cannot save a checkpoint after step {step}: {reason}; earlier ones are intact", alone=alone)
-
-
-def cause_of(error: BaseException) -> str:
-    """The first line of an exception, or of the first one that dcp has collected from the processes."""
-    failures = [*error.failures.values()] if isinstance(error, CheckpointException) else [(error,)]
-    return first_line(failures[0][0]) or type(failures[0][0]).__name__
 
 
 def resume(args: Arguments, policy, optimizer, method_state: dict) -> int:
     """Load the newest checkpoint in place, and return how many steps it has behind it; 0 without one."""
-    found = [[]]
-    if dist.get_rank() == 0:
-        found = [complete_checkpoints(args)]
-    dist.broadcast_object_list(found)  # one decision for all processes
-    for folder in reversed(found[0]):
+    checkpoints = from_rank_0(complete_checkpoints(args))
+    for folder in reversed(checkpoints):
         state = training_state(policy, optimizer, 0, method_state)
         try:
             dcp.load(state, checkpoint_id=folder)
-            break
-        except (Exception, CheckpointException) as error:  # the latter is no Exception
-            say(f"the checkpoint {folder} cannot be loaded ({cause_of(error)}): the one before it is used")
-    else:
-        if found[0]:  # a load that fails in the middle has changed some weights
-            fail(f"no checkpoint in {args.output_dir} can be loaded; --overwrite_output_dir starts anew")
-        return 0
-    optim = state["optimizer"]
-    dsd.set_state_dict(policy, optimizer, model_state_dict=state["model"], optim_state_dict=optim)
-    say(f"resuming after step {state['step']}, from {folder}")
-    if state["processes"] != dist.get_world_size():
-        processes = f"{state['processes']} processes, not {dist.get_world_size()}"
-        say(f"it was saved by {processes}: rounding will differ, and what is sampled")
-    return state["step"]
+        except (Exception, CheckpointException) as error:
+            say(f"the checkpoint {folder} cannot be loaded ({first_line(error)}): the one before it is used")
+            continue
+        weights, moments = state["model"], state["optimizer"]
+        dsd.set_state_dict(policy, optimizer, model_state_dict=weights, optim_state_dict=moments)
+        say(f"resuming after step {state['step']}, from {folder}")
+        if state["world"] != (world := dist.get_world_size()):
+            say(f"it was saved by {state['world']} processes, not {world}: rounding and samples will differ")
+        return state["step"]
+    if checkpoints:  # a load that failed may have changed some weights
+        fail(f"no checkpoint in {args.output_dir} can be loaded; --overwrite_output_dir starts anew")
+    return 0
 
 
 def stop_interrupted(step: int) -> NoReturn:
@@ -1182,8 +989,7 @@ def stop_interrupted(step: int) -> NoReturn:
 
 def save_model(args: Arguments, policy, tokenizer) -> None:
     """Save model and tokenizer for from_pretrained(output_dir), and upload them to the Hub if asked to."""
-    # The whole model comes together on rank 0 alone, in its CPU's memory.
-    whole = dsd.StateDictOptions(full_state_dict=True, cpu_offload=True)
+    whole = dsd.StateDictOptions(full_state_dict=True, cpu_offload=True)  # on rank 0 alone
     weights = dsd.get_model_state_dict(policy, options=whole)
     if dist.get_rank() == 0:
         # Tied weights are saved under one name.
@@ -1192,9 +998,7 @@ def save_model(args: Arguments, policy, tokenizer) -> None:
         policy.save_pretrained(args.output_dir, state_dict=weights)
         tokenizer.save_pretrained(args.output_dir)
         if args.push_to_hub:
-            from huggingface_hub import HfApi
-
-            hub, name = HfApi(), args.hub_model_id or Path(args.output_dir).name
+            hub, name = huggingface_hub.HfApi(), args.hub_model_id or Path(args.output_dir).name
             name = hub.create_repo(name, exist_ok=True).repo_id
             ignored = ["checkpoints/*", "*.npy", "completions.jsonl", "run.json", "tensorboard/*"]
             hub.upload_folder(repo_id=name, folder_path=args.output_dir, ignore_patterns=ignored)
@@ -1208,10 +1012,8 @@ def save_model(args: Arguments, policy, tokenizer) -> None:
 
 # The built-in example: a 336k-parameter character model that translates numbers to words, and its pairs.
 TOY_MODEL, TOY_DATA = (str(Path(__file__).parent / "tests" / "toy" / name) for name in ("sft", "pairs"))
-TOY = dict(model_name_or_path=TOY_MODEL, dataset_name=TOY_DATA, max_steps=100, batch_size=32)
-TOY |= dict(
-    per_device_train_batch_size=32, per_device_eval_batch_size=250, eval_prompts=500, max_new_tokens=64
-)
+TOY = dict(model_name_or_path=TOY_MODEL, dataset_name=TOY_DATA, max_steps=100, max_new_tokens=64)
+TOY |= dict(batch_size=32, per_device_train_batch_size=32, per_device_eval_batch_size=250, eval_prompts=500)
 
 
 def arg(default, help: str):
@@ -1220,10 +1022,7 @@ def arg(default, help: str):
     return field(**default, metadata={"help": help})
 
 
-POSITIVE = """batch_size per_device_train_batch_size per_device_eval_batch_size num_train_epochs learning_rate
-    max_grad_norm max_length max_new_tokens logging_steps eval_steps save_steps save_total_limit
-    dataset_num_proc""".split()
-NOT_NEGATIVE = "warmup_steps eval_prompts seed".split()
+MAY_BE_ZERO = "warmup_steps weight_decay adam_beta1 adam_beta2 adam_epsilon eval_prompts seed".split()
 
 
 @dataclass
@@ -1236,18 +1035,14 @@ class Arguments:
     model_name_or_path: str | None = arg(None, "the policy: a Hub name or a directory [the built-in example]")
     model_revision: str = arg("main", "branch, tag or commit of the model on the Hub")
     trust_remote_code: bool = arg(False, "run the model's code, and load weights not in safetensors")
-    dtype: Literal["float32", "bfloat16", "float64"] = arg(
-        "float32", "of the weights that AdamW updates; bfloat16 rounds small updates away"
-    )
+    dtype: Literal["float32", "bfloat16", "float64"] = arg("float32", "of the weights that AdamW updates")
     dataset_name: str | None = arg(None, "a Hub name, a directory, or a json, jsonl, csv or parquet file")
     dataset_config: str | None = arg(None, "configuration of the dataset")
     dataset_train_split: str = arg("train", "split to train on")
     dataset_test_split: str = arg("test", "split to evaluate on")
     dataset_num_proc: int | None = arg(None, "processes that tokenize")
     max_length: int = arg(1024, "tokens of prompt and completion; a longer completion is cut at the end")
-    output_dir: str | None = arg(
-        None, "where results go, on a disk that all nodes see; rerun a command to resume it [output/<script>]"
-    )
+    output_dir: str | None = arg(None, "where results go; a disk that all nodes see [output/<script>]")
     overwrite_output_dir: bool = arg(False, "start anew: delete the earlier run in output_dir")
     learning_rate: float = arg(1e-6, "peak learning rate of AdamW")
     lr_scheduler_type: Literal["linear", "cosine", "constant"] = arg("linear", "its decay after the warm-up")
@@ -1287,16 +1082,14 @@ class Arguments:
         if self.gradient_accumulation_steps:
             self.batch_size = self.per_device_train_batch_size * self.gradient_accumulation_steps * world
         self.batch_size = 64 if self.batch_size is None else self.batch_size
-        for name in POSITIVE:
-            if (value := getattr(self, name)) is not None and not 0 < value < math.inf:
+        for name in [f.name for f in fields(Arguments) if f.type.startswith(("int", "float"))]:
+            value, may_be = getattr(self, name), 0 if name in MAY_BE_ZERO else None
+            if value not in (None, may_be) and name != "max_steps" and not 0 < value < math.inf:
                 raise ValueError(f"{name} must be positive, not {value}")
-        for name in NOT_NEGATIVE:
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name} must not be negative, as {getattr(self, name)} is")
         if self.batch_size % world:
             near = max(1, round(self.batch_size / world)) * world
             raise ValueError(
-                f"batch_size {self.batch_size} cannot be split over {world} processes; {near} can"
+                f"batch_size {self.batch_size} is not a multiple of {world} processes; {near} is"
             )
         if self.report_to != "none" and importlib.util.find_spec(self.report_to) is None:
             raise ValueError(f"--report_to {self.report_to} needs a package: pip install {self.report_to}")
@@ -1312,13 +1105,13 @@ def parse(kind: type[Arguments], **toy) -> Arguments:
     if unknown:
         near = difflib.get_close_matches(unknown[0], [f"--{f.name}" for f in fields(kind)], 1)
         fail(f"unknown argument {unknown[0]}; {f'did you mean {near[0]}?' if near else '--help lists all'}")
-    if not given.model_name_or_path and not given.dataset_name:
-        parser.set_defaults(**TOY | toy | ({"batch_size": None} if given.gradient_accumulation_steps else {}))
-    elif not given.model_name_or_path or not given.dataset_name:
+    if bool(given.model_name_or_path) != bool(given.dataset_name):
         fail("--model_name_or_path and --dataset_name go together (with neither, the built-in example runs)")
+    if not given.model_name_or_path:
+        parser.set_defaults(**TOY | toy | ({"batch_size": None} if given.gradient_accumulation_steps else {}))
     try:
         (args,) = parser.parse_args_into_dataclasses()
     except ValueError as error:
-        fail(first_line(error))
+        fail(str(error))
     args.output_dir = args.output_dir or f"output/{Path(sys.argv[0]).stem}"
     return args

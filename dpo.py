@@ -136,7 +136,7 @@ def evaluate(
 ) -> None:
     """Metrics of the test pairs, all of them as one global batch, and completions of test prompts."""
     # (The losses that sort, aot and its kin, sort what all processes hold at a time, not all pairs.)
-    rows = common.by_length(test)
+    rows = test.lengths.sum(1).argsort(kind="stable")  # micro-batches of similar length
     for batch in common.micro_batches(test, rows, args.per_device_eval_batch_size, policy.device):
         log.add(loss_and_metrics(policy, reference_logps, batch, args, bco_delta)[1])
     metrics, samples = common.complete(policy, tokenizer, test, args, step)
@@ -169,7 +169,7 @@ def main(args: Arguments) -> None:
     if test is not None and log.evaluation_due(first_step):
         evaluate(policy, test_reference, tokenizer, test, args, log, first_step, bco_delta)
     for step in range(first_step, len(batches)):
-        common.seed(args.seed, step, rank)  # makes a step reproducible after a resume
+        torch.manual_seed(hash((args.seed, step, rank)))  # makes a step reproducible after a resume
         lr = common.set_learning_rate(optimizer, step, len(batches), args)
         for batch in common.micro_batches(train, batches[step], args.per_device_train_batch_size, device):
             loss, metrics = loss_and_metrics(policy, train_reference, batch, args, bco_delta)
@@ -459,7 +459,7 @@ def precompute(reference_logps, train: Data, test: Data | None, batches, args: A
     train_table = reference_table(reference_logps, train, "train", groups, size, args, device)
     if test is None:
         return train_table, None
-    groups, size = [common.by_length(test)], args.per_device_eval_batch_size
+    groups, size = [test.lengths.sum(1).argsort(kind="stable")], args.per_device_eval_batch_size
     return train_table, reference_table(reference_logps, test, "test", groups, size, args, device)
 
 

@@ -95,7 +95,7 @@ def loss_and_metrics(policy, batch: Batch, args: Arguments) -> tuple[Tensor, dic
 @torch.no_grad()
 def evaluate(policy, tokenizer, test: Data, args: Arguments, log, step: int) -> None:
     """Metrics of the test pairs, all of them as one global batch, and completions of test prompts."""
-    rows = common.by_length(test)
+    rows = test.lengths.sum(1).argsort(kind="stable")  # micro-batches of similar length
     for batch in common.micro_batches(test, rows, args.per_device_eval_batch_size, policy.device):
         log.add(loss_and_metrics(policy, batch, args)[1])
     metrics, samples = common.complete(policy, tokenizer, test, args, step)
@@ -117,7 +117,7 @@ def main(args: Arguments) -> None:
     if test is not None and log.evaluation_due(first_step):
         evaluate(policy, tokenizer, test, args, log, first_step)
     for step in range(first_step, len(batches)):
-        common.seed(args.seed, step, rank)  # makes a step reproducible after a resume
+        torch.manual_seed(hash((args.seed, step, rank)))  # makes a step reproducible after a resume
         lr = common.set_learning_rate(optimizer, step, len(batches), args)
         for batch in common.micro_batches(train, batches[step], args.per_device_train_batch_size, device):
             loss, metrics = loss_and_metrics(policy, batch, args)

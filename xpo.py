@@ -322,7 +322,7 @@ def main(args: Arguments) -> None:
     if test is not None and log.evaluation_due(first_step):
         evaluate(policy, reference, decide, tokenizer, test, args, log, first_step)
     for step in range(first_step, len(batches)):
-        common.seed(args.seed, step, rank)  # makes a step reproducible after a resume
+        torch.manual_seed(hash((args.seed, step, rank)))  # makes a step reproducible after a resume
         lr = common.set_learning_rate(optimizer, step, len(batches), args)
         epoch = step // (len(train.lengths) // args.batch_size)
         samples = sample(policy, reference, decide, tokenizer, train, batches[step][rank::world], args)

@@ -1,6 +1,10 @@
-"""Fixtures: tiny random models of several architectures, and a world of one process."""
+"""Fixtures: the methods, tiny random models of several architectures, and a world of one process."""
 
 import os
+import re
+import runpy
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +15,11 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 import common
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+ROOT = Path(__file__).parent.parent
+# A file with a loss is a method's script: the tests find it here, a new one as well.
+METHODS = [
+    path.stem for path in sorted(ROOT.glob("*.py")) if re.search("\n# -+ the loss\n", path.read_text())
+]
 torch.set_num_threads(1)  # with busy cores, small tensors on more threads are a hundred times slower
 SMALL = dict(vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
 SMALL |= dict(
@@ -58,6 +67,28 @@ def exact(monkeypatch):
     monkeypatch.setattr(torch, "float32", torch.float64)
     monkeypatch.setattr(torch, "float", torch.float64)
     monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
+
+
+def run_script(monkeypatch, method: str, flags: str) -> None:
+    """Run a method's script in this process, which has a process group already, and keeps it."""
+    monkeypatch.setattr(dist, "init_process_group", lambda *args, **options: None)
+    monkeypatch.setattr(sys, "argv", [f"{method}.py", *flags.split()])
+    runpy.run_path(str(ROOT / f"{method}.py"), run_name="__main__")
+
+
+def parse(monkeypatch, method: str, flags: str) -> common.Arguments:
+    """The arguments that the last line of a method's script makes of a command line."""
+
+    class Parsed(Exception):
+        pass
+
+    def start(args):  # where main begins
+        raise Parsed(args)
+
+    monkeypatch.setattr(common, "start", start)
+    with pytest.raises(Parsed) as found:
+        run_script(monkeypatch, method, flags)
+    return found.value.args[0]
 
 
 def tiny(kind: str, seed: int = 0, **changes) -> torch.nn.Module:

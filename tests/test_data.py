@@ -1,4 +1,4 @@
-"""From files to token ids to batches: formats, templates, boundaries, what is dropped, the order of pairs.
+"""From files to token ids to batches: formats, templates, boundaries, what is dropped, the order of rows.
 
 The built-in example's tokenizer has a token per character, so that expected ids can be written as text: its
 chat template makes <s>12= twelve</s> of the question 12 and the answer " twelve".
@@ -30,8 +30,18 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 import common
-import xpo
-from common import Arguments, Pairs, extract_prompt, global_batches, load_pairs, micro_batches, tokenize_pair
+from common import (
+    Arguments,
+    Data,
+    by_length,
+    encode,
+    extract_prompt,
+    global_batches,
+    load_data,
+    micro_batches,
+    split_prompt,
+    tokenize,
+)
 
 SHARED = Path(__file__).parents[2] / "shared"  # tokenizers of real models and real data, where there are any
 TOYS = ["toy", "toy, adds BOS", "toy, adds BOS and EOS", "toy, adds BOS that is EOS"]
@@ -95,8 +105,12 @@ def write(path: Path, rows: list[dict]) -> Path:
     return path
 
 
-def load(path: Path, tok=TOY, **arguments) -> tuple[Pairs, Pairs | None]:
-    return load_pairs(Arguments(dataset_name=str(path), **arguments), tok)
+def load(path: Path, tok=TOY, completions=PARTS[1:], **arguments) -> tuple[Data, Data | None]:
+    return load_data(Arguments(dataset_name=str(path), **arguments), tok, completions=completions)
+
+
+def tokenize_pair(row: dict, tok, max_length: int) -> dict:
+    return tokenize(row, tok, PARTS[1:], max_length, room=1)
 
 
 # ---------------------------------------------------------------------------------------------------- formats
@@ -123,33 +137,80 @@ def test_what_says_the_same_has_the_same_tokens(format, kind, tmp_path, capsys):
         path = write(tmp_path / "test.jsonl", rows[1:]).parent
     train, test = load(path)
     want = [(ids(f"<s>{q}="), ids(f"{c}</s>"), ids(f"{r}</s>")) for q, c, r in FACTS]
-    assert [*zip(*(train.rows[part] for part in PARTS), strict=True)] == want
+    assert [*zip(*(train.tokens[part] for part in PARTS), strict=True)] == want
     assert train.lengths.tolist() == [[*map(len, parts)] for parts in want]
     if kind == "directory":
-        assert test.rows[:] == train.rows[1:] and test.lengths.tolist() == train.lengths[1:].tolist()
+        assert test.tokens[:] == train.tokens[1:] and test.lengths.tolist() == train.lengths[1:].tolist()
         assert load(path, eval_strategy="no")[1] is None
     else:
         assert test is None and "no split 'test'" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("format", FORMATS)
-def test_xpo_has_the_same_prompts(format):
-    row = pair(*FORMATS[format]("12", " twelve", " ten two"))
-    prompt = xpo.tokenize_prompt(row, TOY, 99, max_new_tokens=9)["prompt"]
-    assert prompt == tokenize_pair(row, TOY, 99)["prompt"] == ids("<s>12=")
+def test_a_method_that_samples_completions_gets_the_same_prompts(format, tmp_path):
+    rows = [pair(*FORMATS[format](*fact)) for fact in FACTS]
+    prompts, _ = load(write(tmp_path / "pairs.jsonl", rows), completions=())
+    pairs, _ = load(tmp_path / "pairs.jsonl")
+    assert prompts.tokens.column_names == ["prompt"] and prompts.lengths.shape == (3, 1)
+    assert prompts.tokens["prompt"][:] == pairs.tokens["prompt"][:]
+    assert prompts.raw[:] == pairs.raw[:]
+    texts = [f"<s>{q}=" if "texts" in format and "messages" not in format else user(q) for q, *_ in FACTS]
+    assert [split_prompt(row)[0] for row in prompts.raw] == texts
 
 
-def test_the_digest_is_of_training_and_test_data(tmp_path):
-    digests = []
-    for train, test in (("one", "two"), ("one", "two"), ("ones", "two"), ("one", "twos")):
-        folder = tmp_path / str(len(digests))
-        folder.mkdir()
-        for name, chosen in (("train", train), ("test", test)):
-            write(folder / f"{name}.jsonl", [pair("1=", chosen, "x")])
-        args = Arguments("m", dataset_name=str(folder))
-        load_pairs(args, TOY)
-        digests.append(args.data_digest)
-    assert digests[0] == digests[1] and len({*digests}) == 3
+def test_prompts_need_no_completions_beside_them(tmp_path):
+    prompts, _ = load(write(tmp_path / "prompts.jsonl", [{"prompt": user("12")}]), completions=())
+    assert prompts.tokens[:] == {"prompt": [ids("<s>12=")]}
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_one_completion_for_each_prompt(tmp_path, chat):
+    """As a method on unpaired data has it: the labels of the rows that are kept stay in Data.raw."""
+    facts = [("1", " one", True), ("2", "", False), ("3", " two", False)]
+    rows = [(user(q), answer(c), label) if chat else (f"<s>{q}=", c, label) for q, c, label in facts]
+    rows = [dict(zip(("prompt", "completion", "label"), row, strict=True)) for row in rows]
+    train, _ = load(write(tmp_path / "unpaired.jsonl", rows), completions=("completion",))
+    want = {"prompt": [ids("<s>1="), ids("<s>3=")], "completion": [ids(" one</s>"), ids(" two</s>")]}
+    assert train.tokens[:] == want and train.lengths.tolist() == [[3, 5], [3, 5]]
+    assert train.raw["label"][:] == [True, False]
+    (batch,) = micro_batches(train, np.array([1, 0]), 2, torch.device("cpu"))
+    assert batch.labels[batch.completions].tolist() == ids(" two</s>") + ids(" one</s>")
+    assert batch.global_tokens == {"prompt": 6, "completion": 10}
+    assert train.raw[batch.rows]["label"] == [False, True]
+
+
+def test_prompts_are_scored_for_a_method_that_asks_for_it(tmp_path):
+    path = write(tmp_path / "test.jsonl", [pair("1=", "a", "b")])
+    write(tmp_path / "train.jsonl", [pair("1=", "a", "b")])
+    for wanted in (False, True):
+        for data in load_data(Arguments(dataset_name=str(path.parent)), TOY, score_prompts=wanted):
+            (batch,) = micro_batches(data, np.array([0]), 1, torch.device("cpu"))
+            assert batch.scored.sum() == 4 + wanted
+
+
+def digest(folder: Path, train: dict, test: dict, completions=PARTS[1:], **arguments) -> str:
+    folder.mkdir()
+    write(folder / "train.jsonl", [train] * 4)
+    write(folder / "test.jsonl", [test])
+    args = Arguments("m", dataset_name=str(folder), **arguments)
+    load_data(args, TOY, completions=completions)
+    return args.data_digest
+
+
+def test_the_digest_is_of_all_tokens_of_training_and_test_data(tmp_path):
+    one, two = pair("1=", "one", "x"), pair("2=", "two", "x")
+    rows = [(one, two), (one, two), (one | {"chosen": "eno"}, two), (one, two | {"rejected": "y"})]
+    rows += [(one | {"prompt": "3="}, two), (one, two | {"prompt": "3="})]
+    digests = [digest(tmp_path / str(i), *splits) for i, splits in enumerate(rows)]
+    assert digests[0] == digests[1] and len({*digests}) == 5
+    # of prompts alone, too
+    digests = [digest(tmp_path / f"prompts {i}", *splits, completions=()) for i, splits in enumerate(rows)]
+    assert len({*digests[:4]}) == 1 and len({*digests}) == 3
+
+
+def test_the_digest_does_not_depend_on_how_many_processes_tokenized(tmp_path):
+    one, two = pair("1=", "one", "x"), pair("2=", "two", "x")
+    assert digest(tmp_path / "a", one, two) == digest(tmp_path / "b", one, two, dataset_num_proc=2)
 
 
 def test_a_csv_file_has_texts_even_if_they_look_like_numbers_or_nothing(tmp_path):
@@ -157,9 +218,9 @@ def test_a_csv_file_has_texts_even_if_they_look_like_numbers_or_nothing(tmp_path
     path = write(tmp_path / "pairs.csv", rows)  # with row numbers, as pandas writes them
     path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())  # and a byte order mark, as Excel does
     train, _ = load(path)
-    assert train.rows["prompt"][:] == [ids("a"), ids("<s>")]
-    assert train.rows["chosen"][:] == [ids("null</s>"), ids("nan</s>")]
-    assert train.rows["rejected"][:] == [ids("007</s>"), ids("1</s>")]
+    assert train.tokens["prompt"][:] == [ids("a"), ids("<s>")]
+    assert train.tokens["chosen"][:] == [ids("null</s>"), ids("nan</s>")]
+    assert train.tokens["rejected"][:] == [ids("007</s>"), ids("1</s>")]
 
 
 def test_templates_see_only_the_fields_that_a_message_has(tmp_path):
@@ -167,7 +228,7 @@ def test_templates_see_only_the_fields_that_a_message_has(tmp_path):
     tok = tokenizer("toy", "{% for m in messages %}{{ '-' if 'name' in m }}{{ m.content }}{% endfor %}")
     rows = [pair(prompt, answer("d"), answer("e"))]
     train, _ = load(write(tmp_path / "pairs.parquet", rows), tok)  # where the others' name is null
-    assert [train.rows[0][part] for part in PARTS] == [ids("-abc"), ids("d"), ids("e")]
+    assert [train.tokens[0][part] for part in PARTS] == [ids("-abc"), ids("d"), ids("e")]
 
 
 # ------------------------------------------------------------------------------------------------------ texts
@@ -187,21 +248,23 @@ def test_texts_begin_with_one_bos_if_any_and_end_with_one_eos(name, begin, end):
         assert last == tok.eos_token_id
         assert not {tok.bos_token_id, tok.eos_token_id} & {*tokens}
         assert tok.decode(tokens) == text
-    assert tok.decode(row["prompt"], skip_special_tokens=True) == "say hello" and not row["moved"]
+    assert tok.decode(row["prompt"], skip_special_tokens=True) == "say hello" and not row["straddles"]
+    cut_off = encode(tok, prompt, " to you" + end, ended=False)
+    assert [*cut_off, tok.eos_token_id] == row["prompt"] + row["chosen"]
 
 
 @pytest.mark.parametrize("name", TOYS[:3])
 def test_a_prompt_keeps_an_eos_of_its_own(name):
     row = tokenize_pair(pair("<s>a</s>", "b", "c</s>"), tokenizer(name), 99)
     assert [row[part] for part in PARTS] == [ids("<s>a</s>"), ids("b</s>"), ids("c</s>")]
-    assert not row["moved"]
+    assert not row["straddles"]
 
 
 @pytest.mark.parametrize("name", [*TOYS, GPT2, PHI3, STORIES])
 def test_bos_stands_for_an_empty_prompt(name):
     tok = tokenizer(name)
     row = tokenize_pair(pair("", "yes", "no"), tok, 99)
-    assert row["prompt"] == [tok.bos_token_id] and not row["moved"]
+    assert row["prompt"] == [tok.bos_token_id] and not row["straddles"]
     assert row["rejected"] == [*ids("no", tok), tok.eos_token_id]
     if name == "toy":
         tok.bos_token = None
@@ -221,7 +284,7 @@ IMPLICIT = [  # the prompt, and what follows it in both completions
 
 @pytest.mark.parametrize("prompt, chosen, rejected", IMPLICIT)
 def test_an_implicit_prompt_is_what_both_share(prompt, chosen, rejected):
-    assert extract_prompt(prompt + chosen, prompt + rejected) == (prompt, chosen, rejected)
+    assert extract_prompt(prompt + chosen, prompt + rejected) == [prompt, chosen, rejected]
 
 
 words = st.text("ab \n", min_size=1, max_size=8)
@@ -236,7 +299,7 @@ def test_an_implicit_prompt_is_the_longest_that_splits_no_word_and_leaves_someth
         return a[:n] == b[:n] and (n == 0 or not a[n - 1].isspace() and a[n].isspace() and b[n].isspace())
 
     n = max(filter(fits, range(min(len(a), len(b)))))
-    assert extract_prompt(a, b) == (a[:n], a[n:], b[n:])
+    assert extract_prompt(a, b) == [a[:n], a[n:], b[n:]]
 
 
 @pytest.mark.parametrize("name", ["toy", GPT2])
@@ -245,9 +308,9 @@ def test_a_token_across_the_boundary_is_the_completions(name, tmp_path, capsys):
     tok.add_tokens(["world", "worm"] if name == "toy" else [])
     rows = [pair("hello wor", "ld", "m"), pair("hello", " wor", " x"), pair("wor", "ld", "m")]
     train, _ = load(write(tmp_path / "pairs.jsonl", rows), tok)
-    starts = [tok.decode(prompt).strip() for prompt in train.rows["prompt"]]
+    starts = [tok.decode(prompt).strip() for prompt in train.tokens["prompt"]]
     assert starts == ["hello", "hello", tok.bos_token]
-    for text, row, start in zip(rows, train.rows, starts, strict=True):
+    for text, row, start in zip(rows, train.tokens, starts, strict=True):
         for part in ("chosen", "rejected"):
             tokens = row[part] if start == tok.bos_token else row["prompt"] + row[part]
             assert tokens == [*ids(text["prompt"] + text[part], tok), tok.eos_token_id]
@@ -267,7 +330,7 @@ def test_any_text_is_kept_whole_or_dropped(prompt, chosen, rejected):
     assert bool(row["problem"]) == (not chosen or not rejected or chosen == rejected)
     if row["problem"]:
         return
-    assert row["moved"] == (row["prompt"] != (ids(prompt, BYTES) or [BYTES.bos_token_id]))
+    assert row["straddles"] == (row["prompt"] != (ids(prompt, BYTES) or [BYTES.bos_token_id]))
     for text, completion in ((prompt + chosen, row["chosen"]), (prompt + rejected, row["rejected"])):
         tokens = row["prompt"] + completion
         tokens = tokens[1:] if tokens[0] == BYTES.bos_token_id else tokens
@@ -308,9 +371,11 @@ def test_conversations_are_what_the_template_makes(name):
     for dialogue in DIALOGUES:
         row = tokenize_pair(pair(dialogue, answer("yo"), answer("no")), tok, 999)
         assert row == tokenize_pair(pair(None, dialogue + answer("yo"), dialogue + answer("no")), tok, 999)
-        assert row["prompt"] == chat(dialogue, add_generation_prompt=True) and not row["moved"]
+        assert row["prompt"] == chat(dialogue, add_generation_prompt=True) and not row["straddles"]
         assert row["prompt"] + row["chosen"] == chat(dialogue + answer("yo"))
         assert row["prompt"] + row["rejected"] == chat(dialogue + answer("no"))
+        cut_off = encode(tok, dialogue, answer("yo"), ended=False)
+        assert cut_off == chat(dialogue + answer("yo"))[: len(cut_off)] and tok.decode(cut_off).endswith("yo")
         if dialogue == user("hi"):
             assert row["prompt"] == ids(prompt, tok)
             assert row["prompt"] + row["chosen"] == ids(prompt + completion, tok)
@@ -327,7 +392,9 @@ def test_a_generation_prompt_that_the_finished_chat_lacks_is_left_out(tmp_path, 
     tok = tokenizer("toy", TURNS + ASKS.replace("assistant\n", "assistant\n<think>\n"))
     rows = [pair(user("hi"), answer("yo"), answer("no"))] * 2
     train, _ = load(write(tmp_path / "pairs.jsonl", rows), tok)
-    assert train.rows["prompt"][0] == ids(HI, tok) and train.rows["chosen"][0] == ids("yo<|im_end|>\n", tok)
+    assert train.tokens["prompt"][0] == ids(HI, tok) and train.tokens["chosen"][0] == ids(
+        "yo<|im_end|>\n", tok
+    )
     assert len(re.findall("in 2 training .*completion", capsys.readouterr().out)) == 1
 
 
@@ -336,8 +403,8 @@ def test_politeness_pairs(capsys):
     path = SHARED / "data" / "politeness"
     for name, pairs in zip(("train", "test"), load(path, tokenizer(REAL[1])), strict=True):
         raw = [json.loads(line) for line in (path / f"{name}.jsonl").read_text().splitlines()]
-        assert len(pairs.rows) == sum(row["chosen"] != row["rejected"] for row in raw) > 50
-        for completions in (pairs.rows["chosen"], pairs.rows["rejected"]):
+        assert len(pairs.tokens) == sum(row["chosen"] != row["rejected"] for row in raw) > 50
+        for completions in (pairs.tokens["chosen"], pairs.tokens["rejected"]):
             assert {tuple(tokens[-2:]) for tokens in completions} == {(32007, 32000)}  # <|end|><|endoftext|>
     assert " spans " not in capsys.readouterr().out
 
@@ -371,13 +438,31 @@ def test_text_that_spells_a_special_token_stays_text(name, text):
 def test_max_length_cuts_the_ends_of_completions(max_length):
     row = tokenize_pair(pair("12345", "abc", "abxy z"), TOY, max_length)
     if max_length <= 5:
-        assert f"no room within max_length {max_length}" in row["problem"]
+        assert f"no room for a completion in max_length {max_length}" in row["problem"]
     elif max_length <= 7:  # "a", "ab"
         assert row["problem"] == "the completions are identical"
     else:
         assert not row["problem"] and row["prompt"] == ids("12345")
         assert row["prompt"] + row["chosen"] == ids("12345abc</s>")[:max_length]
         assert row["prompt"] + row["rejected"] == ids("12345abxy z</s>")[:max_length]
+
+
+def test_prompts_leave_room_for_the_completions_that_are_sampled(tmp_path):
+    prompts, _ = load(write(tmp_path / "a.json", [{"prompt": user("12")}]), completions=(), max_new_tokens=2)
+    assert prompts.tokens[:] == {"prompt": [ids("<s>12=")]}
+    row = {"prompt": user("3942")}
+    fits = tokenize(row, TOY, (), 16, room=10)
+    assert fits["prompt"] == ids("<s>3942=") and not fits["problem"]
+    assert "no room for a completion in max_length 15" in tokenize(row, TOY, (), 15, room=10)["problem"]
+    with pytest.raises(SystemExit, match="no training rows are left"):
+        load(tmp_path / "a.json", completions=(), max_new_tokens=12, max_length=15)
+
+
+def test_empty_prompts_are_not_sampled_from():
+    tok = tokenizer()
+    tok.backend_tokenizer.normalizer = Strip()
+    for prompt in ("", " \n"):  # of which the second one has no tokens
+        assert tokenize({"prompt": prompt}, tok, (), 16, room=10)["problem"] == "the prompt is empty"
 
 
 TURN, NOTHING = user("a") + answer("b"), user("a") + answer("")
@@ -403,18 +488,18 @@ def test_dropped_pairs_are_counted_and_the_others_keep_what_is_theirs(tmp_path, 
     pairs += [("12", "abcdefgh", "abcdefxy"), ("4", "a", "b"), ("123456789", "a", "")]
     rows = [pair(*parts) | {"answer": f"answer {i}"} for i, parts in enumerate(pairs)]
     train, _ = load(write(tmp_path / "pairs.jsonl", rows), max_length=8)
-    assert train.rows["answer"][:] == ["answer 2", "answer 6"]
-    assert train.rows["prompt"][:] == [ids("2"), ids("4")] and train.lengths.tolist() == [[1, 2, 2]] * 2
+    assert train.raw["answer"][:] == ["answer 2", "answer 6"]
+    assert train.tokens["prompt"][:] == [ids("2"), ids("4")] and train.lengths.tolist() == [[1, 2, 2]] * 2
     assert dict(re.findall(r"(\d of 8) training .*dropped: (.*)", capsys.readouterr().out)) == {
         "3 of 8": "a completion is empty",
         "2 of 8": "the completions are identical",
-        "1 of 8": "the prompt leaves no room within max_length 8",
+        "1 of 8": "the prompt leaves no room for a completion in max_length 8",
     }
 
 
 def test_a_thousand_dropped_pairs_do_not_hide_the_next(tmp_path):
     rows = [pair("1", "", "b")] * 1001 + [pair("1", "a", "b")]
-    assert len(load(write(tmp_path / "pairs.jsonl", rows))[0].rows) == 1
+    assert len(load(write(tmp_path / "pairs.jsonl", rows))[0].tokens) == 1
 
 
 ONE, CHAT = pair("1", "one", "two"), pair(user("1"), answer("one"), answer("two"))
@@ -429,6 +514,9 @@ ERRORS = {  # a row or the content of a file, what the message has to say
     "malformed": ('{"prompt": "1", "cho', "JSON"),
     "numbers": (ONE | {"chosen": 1, "rejected": 2}, "chosen.*text"),
     "dates": (ONE | {"chosen": "2020-01-01", "rejected": "2020-01-02"}, "chosen.*text"),
+    "lists of numbers": (ONE | {"chosen": [1, 2], "rejected": [1]}, "chosen.*lists of ints, not texts"),
+    "lists of texts": (ONE | {"chosen": ["a"], "rejected": ["b"]}, "chosen.*lists of strs, not texts"),
+    "parts": (ONE | {"prompt": [{"type": "text", "text": "a"}]}, "prompt.*lists of dicts, not texts"),
     "prompts that are numbers": (ONE | {"prompt": 1}, "prompt.*text"),
 }
 
@@ -480,19 +568,20 @@ def test_whatever_the_data_are_rows_are_kept_whole_or_dropped_and_counted(tmp_pa
             else pair("".join(prompt), chosen, rejected)
         )
     path = write(tmp_path_factory.mktemp("fuzz") / "pairs.jsonl", data)
-    broken = [i for i, row in enumerate(data, 1) if "\\udfff" in json.dumps(row)]
+    broken = "\\udfff" in json.dumps(data)
     said = io.StringIO()
     with contextlib.redirect_stdout(said):
         try:
             train, _ = load(path, tok, max_length=10**6)
         except SystemExit as stop:
-            assert f"line {broken[0]}: " in str(stop) if broken else "no training rows are left" in str(stop)
+            says = "cannot load the dataset .*: .*surrogate" if broken else "no training rows are left"
+            assert re.fullmatch(f"error: {says}.*", str(stop))
             return
     assert not broken
     dropped = sum(map(int, re.findall(r"(\d+) of \d+ training rows dropped", said.getvalue())))
-    assert len(train.rows) == len(data) - dropped
+    assert len(train.tokens) == len(data) - dropped
     kept = [row for row in data if not tokenize_pair(row, tok, 10**6)["problem"]]
-    for row, tokens in zip(kept, train.rows, strict=True):
+    for row, tokens in zip(kept, train.tokens, strict=True):
         for part in ("chosen", "rejected"):
             if chat:
                 text = "".join(f"<s>{m['role']}:{m['content']}</s>" for m in row["prompt"] + row[part])
@@ -511,25 +600,25 @@ def test_what_a_template_refuses_is_dropped(tmp_path, capsys):
     refuses = "{% if messages[2] %}{{ raise_exception('too long') }}{% endif %}"
     tok = tokenizer("toy", refuses + TOY.chat_template)
     rows = [CHAT, CHAT | {"prompt": user("1") + answer("a") + user("2")}]
-    assert len(load(write(tmp_path / "pairs.jsonl", rows), tok)[0].rows) == 1
+    assert len(load(write(tmp_path / "pairs.jsonl", rows), tok)[0].tokens) == 1
     assert re.search("1 of 2 training .*dropped: .*too long", capsys.readouterr().out)
 
 
 def test_tokens_are_not_those_of_an_earlier_run_with_other_arguments_or_code(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "__main__", types.ModuleType("__main__"))  # as in a notebook
     path = write(tmp_path / "pairs.jsonl", [ONE])
-    assert load(path)[0].rows["chosen"][:] == [ids("one</s>")]
-    assert load(path, max_length=3)[0].rows["chosen"][:] == [ids("on")]
+    assert load(path)[0].tokens["chosen"][:] == [ids("one</s>")]
+    assert load(path, max_length=3)[0].tokens["chosen"][:] == [ids("on")]
     # To the cache of datasets.map, a module's function is the same as long as its name is.
     edited, code = tmp_path / "common.py", Path(common.__file__).read_text()
-    edited.write_text(code.replace("room = max(0, max_length", "room = max(0, 2"))
+    edited.write_text(code.replace("ids[: max_length - len(prompt)]", "ids[:1]"))
     spec = importlib.util.spec_from_file_location("common", edited)
     module = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, "common", module)
     spec.loader.exec_module(module)
-    train, _ = module.load_pairs(module.Arguments(dataset_name=str(path)), TOY)
+    train, _ = module.load_data(module.Arguments(dataset_name=str(path)), TOY)
     common.AttentionInterface.register("packed", common.packed_attention)  # as before
-    assert train.rows["chosen"][:] == [ids("o")]
+    assert train.tokens["chosen"][:] == [ids("o")]
 
 
 # ---------------------------------------------------------------------------------------------------- batches
@@ -539,15 +628,15 @@ def some_lengths(n: int) -> np.ndarray:
     return np.random.default_rng(n).integers(1, 50, (n, 3))
 
 
-def batches(pairs: int, size: int, **arguments) -> np.ndarray:
-    return global_batches(some_lengths(pairs), Arguments(batch_size=size, **arguments))
+def batches(rows: int, size: int, **arguments) -> np.ndarray:
+    return global_batches(Data(None, None, some_lengths(rows)), Arguments(batch_size=size, **arguments))
 
 
 @fast
 @given(st.integers(1, 60), st.integers(1, 20), st.integers(1, 4), st.integers(0, 99))
 def test_an_epoch_has_no_row_twice_and_batches_are_sorted(n, size, epochs, seed):
     if n < size:
-        with pytest.raises(SystemExit, match=f"error: {n} pairs .* {n} at most"):
+        with pytest.raises(SystemExit, match=f"error: {n} rows .* {n} at most"):
             batches(n, size)
         return
     run = batches(n, size, num_train_epochs=epochs, seed=seed)
@@ -555,6 +644,12 @@ def test_an_epoch_has_no_row_twice_and_batches_are_sorted(n, size, epochs, seed)
     for epoch in run.reshape(epochs, -1):
         assert len({*epoch}) == len(epoch) and {*epoch} <= {*range(n)}
     assert (np.diff(some_lengths(n).sum(1)[run], axis=1) >= 0).all()
+
+
+def test_short_rows_come_first():
+    lengths = some_lengths(30)
+    rows = by_length(Data(None, None, lengths))
+    assert sorted(rows) == [*range(30)] and (np.diff(lengths.sum(1)[rows]) >= 0).all()
 
 
 STEPS = [(59, 1, 5), (59, 0.5, 3), (59, 2.2, 11), (59, 0.01, 1), (500, 1.1, 55)]
@@ -587,18 +682,19 @@ def test_processes_share_a_batch(world, size, monkeypatch):
     draw, lengths = np.random.default_rng(0), some_lengths(20)
     tokens = [[draw.integers(60, size=n).tolist() for n in row] for row in lengths]
     rows = datasets.Dataset.from_list([dict(zip(PARTS, row, strict=True)) for row in tokens])
-    pairs = Pairs(rows, lengths, reference_logps=draw.random((20, 2)))
+    data = Data(rows, rows, lengths)
     batch, seen, numbers = draw.permutation(20)[:12], [], set()
+    totals = dict(zip(PARTS, lengths[batch].sum(0), strict=True))
     monkeypatch.setattr(common.dist, "get_world_size", lambda: world)
     for rank in range(world):
         monkeypatch.setattr(common.dist, "get_rank", lambda rank=rank: rank)
-        parts = [*micro_batches(pairs, batch, size, torch.device("cpu"))]
+        parts = [*micro_batches(data, batch, size, torch.device("cpu"))]
         numbers.add(len(parts))
         for part in parts:
-            assert len(part.rows) <= size and part.step_pairs == 12
-            assert part.step_tokens == tuple(lengths[batch].sum(0))
-            assert part.labels.tolist() == sum((tokens[row][1] + tokens[row][2] for row in part.rows), [])
-            assert part.reference_logps.tolist() == pairs.reference_logps[part.rows].tolist()
+            assert len(part.rows) <= size and len(part.labels) == 2 * len(part.rows)
+            assert (part.global_pairs, part.global_tokens) == (12, totals)
+            want = sum((tokens[row][1] + tokens[row][2] for row in part.rows), [])
+            assert part.labels[part.completions].tolist() == want
             seen += part.rows.tolist()
     assert sorted(seen) == sorted(batch) and len(numbers) == 1
 

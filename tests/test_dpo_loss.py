@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from mpmath import mp
 from torch.testing import assert_close
 
-from dpo import LOSS_TYPES, dpo_loss
+import dpo
+from dpo import LOSS_TYPES, dpo_loss, loss_options, mean_reward, related_loss
 
 OF_Z = ("sigmoid", "hinge", "robust", "exo_pair", "discopop")  # the ones that f-divergences redefine
 SORTED = ("aot", "aot_unpaired", "aot_pair")
@@ -22,7 +23,7 @@ fast = settings(max_examples=40, deadline=None, derandomize=True, database=None)
 
 
 def loss_of(loss_type, logps, **options):
-    """dpo_loss of pc, pr, rc, rr in float64."""
+    """dpo_loss of pc, pr, rc, rr, in float64."""
     logps = [torch.as_tensor(t, dtype=torch.float64).reshape(-1) for t in logps]
     return dpo_loss(*logps, loss_type=loss_type, **options)
 
@@ -72,6 +73,12 @@ def test_defaults():
     sigmoid, discopop = (loss_of(t, (-10, -14, -11, -12)).item() for t in ("sigmoid", "discopop"))
     assert sigmoid == pytest.approx(log(1 + exp(-0.3)))
     assert discopop == pytest.approx((log(1 + exp(-0.3)) + exp(6) * exp(-0.3)) / (1 + exp(6)))
+
+
+def test_dpo_is_what_related_loss_has_under_its_name():
+    logps = torch.randn(4, 1000, dtype=torch.float64) * torch.logspace(-3, 4, 1000)
+    want = related_loss(*logps, beta=0.3, loss_type="sigmoid")
+    assert_close(dpo_loss(*logps, beta=0.3), want, rtol=1e-12, atol=1e-12)
 
 
 # aot: policy margins (4, 1), reference margins (0, 2); sorted (1, 4) - (0, 2) = (1, 2); 4 is pair 1's
@@ -179,7 +186,10 @@ def test_exact_at_extremes(loss_type, f_divergence, dtype, logps, beta, eps, alp
     names = "beta", "label_smoothing", "f_alpha_divergence_coef", "discopop_tau", "bco_delta"
     options = dict(zip(names, (beta, eps, alpha, tau, delta), strict=True))
     tensors = [torch.tensor([t], dtype=dtype, requires_grad=True) for t in logps]
-    losses = dpo_loss(*tensors, loss_type=loss_type, f_divergence_type=f_divergence, **options)
+    chosen = {"loss_type": loss_type, "f_divergence_type": f_divergence, **options}
+    if (loss_type, f_divergence, eps) == ("sigmoid", "reverse_kl", 0):
+        chosen = {"beta": beta}  # DPO itself, the first lines of dpo_loss
+    losses = dpo_loss(*tensors, **chosen)
     gradients = torch.autograd.grad(losses, tensors[:2])
     assert losses.dtype == dtype
 
@@ -398,6 +408,32 @@ REJECTED = [
 def test_rejects(options, message):
     with pytest.raises(ValueError, match=message):
         dpo_loss(*(torch.tensor([t]) for t in (-10.0, -14.0, -11.0, -12.0)), **options)
+
+
+def test_a_loss_type_that_is_listed_but_has_no_case_is_refused(monkeypatch):
+    monkeypatch.setattr(dpo, "LOSS_TYPES", (*LOSS_TYPES, "new"))
+    with pytest.raises(ValueError, match="unknown loss_type 'new'"):
+        dpo_loss(*torch.zeros(4, 1), loss_type="new")
+
+
+# -------------------------------------------------------------------------------------- options of a step
+
+
+def test_label_smoothing_is_for_the_loss_types_that_have_it():
+    """By default exo_pair alone has it; a value that is given is for all that can have it."""
+    types = ["exo_pair", "sigmoid", "hinge", "sft"]
+    args = dpo.Arguments("m", dataset_name="d", loss_type=types)
+    found = [loss_options(name, args, bco_delta=0.0) for name in types]
+    assert found == [{"label_smoothing": 1e-3}, {}, {}, {}]
+    args = dpo.Arguments("m", dataset_name="d", loss_type=types, label_smoothing=0.2)
+    found = [loss_options(name, args, bco_delta=0.0) for name in types]
+    assert found == [{"label_smoothing": 0.2}, {"label_smoothing": 0.2}, {}, {}]
+
+
+def test_the_threshold_of_bco_is_the_mean_of_the_rewards_that_count():
+    """Their sum and their number are kept: of rewards 2, 2, 2, after a step that was skipped, it is 2."""
+    assert mean_reward(torch.tensor([0.0, 0.0])) == 0
+    assert mean_reward(torch.tensor([6.0, 3.0])) == 2
 
 
 @pytest.mark.parametrize("loss_type", LOSS_TYPES)

@@ -52,7 +52,7 @@ def test_logps_and_gradients_equal_those_of_single_sequences(kind, shape):
     choose_forward_pass(model)
     assert model.forward_pass == ("packed" if kind in PACKED else "padded")
     chosen, batch = model.forward_pass, batch_of(pairs)
-    for forward_pass in (chosen, "padded", "whole", "the definition"):
+    for forward_pass in (chosen, "padded", "the definition"):
         model.forward_pass = forward_pass
         got = (plain_token_logps if forward_pass == "the definition" else token_logps)(model, batch)
         got = of_completions(got, batch)
@@ -75,7 +75,7 @@ def test_a_model_that_does_more_to_its_hidden_states_returns_its_own_logits():
     head = model.lm_head.forward
     model.lm_head.forward = lambda hidden: head(hidden) * (2 if hidden.dim() == 3 else 1)
     choose_forward_pass(model)
-    assert model.forward_pass == "whole"
+    assert model.forward_pass == "padded"
     batch = batch_of(pairs)
     got = of_completions(token_logps(model, batch), batch)
     torch.testing.assert_close(got, by_hand(model, pairs), rtol=0, atol=1e-10)
@@ -94,7 +94,7 @@ def test_the_batch_is_the_picture_of_its_docstring():
     assert batch.spans == [[0, 2, 4, 5], [5, 6, 7, 9]]
 
 
-@pytest.mark.parametrize("forward_pass", ["packed", "padded", "whole"])
+@pytest.mark.parametrize("forward_pass", ["packed", "padded"])
 def test_prompts_are_scored_once_if_at_all(forward_pass):
     """For ORPO's term: the rows of chosen answers have log-probabilities of prompts, too."""
     model, pairs = tiny("llama"), random_pairs(9, 3)
@@ -202,7 +202,7 @@ def model_with_method(model):
 def test_a_mixture_of_experts_with_a_router_loss_runs_padded_with_its_own_loss():
     model, pairs = tiny("mixtral", output_router_logits=True), random_pairs(7, 3)
     choose_forward_pass(model)
-    assert model.forward_pass == "whole"
+    assert model.forward_pass == "padded"
     batch = batch_of(pairs)
     token_logps(model, batch)
     want = model(**batch.inputs, output_router_logits=True).aux_loss
@@ -210,7 +210,7 @@ def test_a_mixture_of_experts_with_a_router_loss_runs_padded_with_its_own_loss()
     assert want > 0
 
 
-@pytest.mark.parametrize("forward_pass", ["packed", "padded", "whole"])
+@pytest.mark.parametrize("forward_pass", ["packed", "padded"])
 def test_a_batch_of_no_pairs_contributes_nothing_but_runs_the_model(forward_pass):
     model = tiny("llama")
     choose_forward_pass(model)

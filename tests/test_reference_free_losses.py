@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from mpmath import mp
 from torch.testing import assert_close
 
+import cpo
 from alphapo import alphapo_loss
 from cpo import LOSS_TYPES, cpo_loss
 from dpo import dpo_loss
@@ -253,6 +254,12 @@ def test_what_is_not_defined_is_refused(options):
         cpo_loss(*double(-1, -2), **options)
     with pytest.raises(ValueError):
         alphapo_loss(*double(-1, -2), beta=0)
+
+
+def test_a_loss_type_that_is_listed_but_has_no_case_is_refused(monkeypatch):
+    monkeypatch.setattr(cpo, "LOSS_TYPES", (*LOSS_TYPES, "new"))
+    with pytest.raises(ValueError, match="unknown loss_type 'new'"):
+        cpo_loss(*double(-1, -2), loss_type="new")
 
 
 BFLOAT16 = {

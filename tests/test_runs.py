@@ -1,4 +1,4 @@
-"""The scripts as users run them, on the built-in example: resume, faults, export, what is left."""
+"""The scripts as users run them, on the built-in example: what is resumed, what is the same, what is summed."""
 
 import json
 import os
@@ -10,9 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import ROOT
 from safetensors.torch import load_file
+from transformers import AutoTokenizer
 
-ROOT = Path(__file__).parent.parent
+import common
+import dpo
+
 SHORT = (
     "--max_steps 6 --batch_size 8 --eval_prompts 4 --max_new_tokens 8 --eval_steps 3 --save_steps 2".split()
 )
@@ -106,7 +110,7 @@ def test_a_resumed_run_is_bitwise_the_uninterrupted_one(tmp_path, processes):
     stop("dpo.py", tmp_path / "b", *flags, after_steps=3, by=signal.SIGTERM, processes=processes)
     stop("dpo.py", tmp_path / "b", *flags, after_steps=5, by=signal.SIGKILL, processes=processes)
     said = succeed("dpo.py", tmp_path / "b", *flags, processes=processes)
-    assert "going on after step" in said
+    assert "resuming after step" in said
     assert_same_run(tmp_path / "a", tmp_path / "b")
     steps = [line["step"] for line in metrics_of(tmp_path / "b") if "loss" in line]
     assert steps == [1, 2, 3, 4, 5, 6]
@@ -128,3 +132,44 @@ def test_before_the_first_step_policy_and_reference_agree_exactly(tmp_path):
     for metrics, prefix in ((before, "eval_"), (first, "")):
         assert metrics[f"{prefix}rewards/chosen"] == metrics[f"{prefix}rewards/rejected"] == 0
         assert metrics[f"{prefix}loss"] == pytest.approx(0.6931471805599453, abs=1e-7)
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_a_reference_is_in_the_dtype_of_the_computation_unless_it_is_updated(bf16):
+    frozen = torch.bfloat16 if bf16 else torch.float32
+    tokenizer, device = AutoTokenizer.from_pretrained(common.TOY_MODEL), torch.device("cpu")
+    for sync_ref_model, dtype in ((False, frozen), (True, torch.float32)):
+        args = dpo.Arguments(common.TOY_MODEL, bf16=bf16, sync_ref_model=sync_ref_model)
+        reference = dpo.load_reference(args, device, tokenizer)
+        assert {parameter.dtype for parameter in reference.parameters()} == {dtype}
+    policy = common.load_model(common.TOY_MODEL, args, device, trainable=True)
+    assert {parameter.dtype for parameter in policy.parameters()} == {torch.float32}
+
+
+SUMS = """
+import torch
+import torch.distributed as dist
+import common
+
+dist.init_process_group("gloo")
+for names in (["a", "b"], ["b", "a"], ["a"], ["a", "c"]):
+    names = names if dist.get_rank() else ["a", "b"]
+    values = {name: torch.tensor(i + 1.5) for i, name in enumerate(names)}
+    try:
+        print(dist.get_rank(), common.all_reduce(values, torch.device("cpu")), flush=True)
+    except SystemExit as stop:
+        print(dist.get_rank(), stop, flush=True)
+dist.destroy_process_group()
+"""
+
+
+def test_processes_that_log_different_metrics_fail_and_say_so(tmp_path):
+    (tmp_path / "sums.py").write_text(SUMS)
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    options = {"capture_output": True, "text": True, "timeout": 120}
+    options["env"] = environment() | {"PYTHONPATH": str(ROOT)}
+    result = subprocess.run([sys.executable, *torchrun, str(tmp_path / "sums.py")], **options)
+    assert result.returncode == 0, result.stderr[-3000:]
+    said, fails = sorted(result.stdout.splitlines()), "error: the processes log different metrics; this one: "
+    assert said[:4] == [*[f"0 {fails}a, b"] * 3, "0 {'a': 3.0, 'b': 5.0}"]
+    assert said[4:] == [f"1 {fails}{names}" for names in ("a", "a, c", "b, a")] + ["1 {'a': 3.0, 'b': 5.0}"]

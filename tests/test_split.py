@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import tiny
+from conftest import METHODS, tiny
 from gradients import CASES
 
 HERE = Path(__file__).parent
@@ -38,6 +38,12 @@ def results(tmp_path_factory):
         assert result.returncode == 0, result.stderr[-3000:]
         found[processes] = torch.load(out)
     return found
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_method_has_a_case(method):
+    if method not in CASES:
+        pytest.skip(f"{method}.loss_and_metrics takes more than (policy, batch, args): write cases for it")
 
 
 @pytest.mark.parametrize(("method", "case"), [(method, case) for method in CASES for case in CASES[method]])

@@ -5,14 +5,14 @@ import signal
 from math import exp, log
 from types import SimpleNamespace
 
+import datasets
 import pytest
 import torch
 from conftest import SMALL, tiny
-from test_runs import SHORT, assert_same_run, metrics_of, run, stop, succeed
+from test_runs import SHORT, assert_same_run, metrics_of, stop, succeed
 from tokenizers import Tokenizer
 from tokenizers.decoders import Metaspace
 from tokenizers.models import WordLevel
-from tokenizers.normalizers import Strip
 from transformers import (
     AutoTokenizer,
     LlamaConfig,
@@ -24,7 +24,7 @@ import common
 import xpo
 from common import TOY_MODEL
 from dpo import dpo_loss
-from xpo import at, load_judge, load_scorer, sample, tokenize_prompt, xpo_loss
+from xpo import at, load_judge, load_scorer, sample, xpo_loss
 
 
 def double(*numbers):
@@ -80,8 +80,8 @@ def test_the_last_value_of_a_schedule_holds():
 
 
 def arguments(**changes):
-    options = {"model_name_or_path": "m", "dataset_name": "d", "judge": "j", "max_new_tokens": 8} | changes
-    return xpo.Arguments(**options)
+    options = {"model_name_or_path": "m", "dataset_name": "d", "reward_model_path": "r", "max_new_tokens": 8}
+    return xpo.Arguments(**options | changes)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
@@ -137,17 +137,22 @@ def test_answers_keep_the_space_they_begin_with():
     assert found == [" Paris .", "Paris"]
 
 
-def test_prompts_without_room_are_dropped():
-    tokenizer = AutoTokenizer.from_pretrained(TOY_MODEL)
-    row = {"prompt": [{"role": "user", "content": "3942"}]}
-    fits = tokenize_prompt(row, tokenizer, 16, max_new_tokens=10)
-    assert tokenizer.decode(fits["prompt"]) == "<s>3942=" and json.loads(fits["raw"]) == row["prompt"]
-    assert "no room for 10" in tokenize_prompt(row, tokenizer, 15, max_new_tokens=10)["problem"]
-    assert tokenize_prompt({"prompt": ""}, tokenizer, 16, max_new_tokens=10)["problem"]
-    tokenizer.backend_tokenizer.normalizer = Strip()
-    assert tokenize_prompt({"prompt": " \n"}, tokenizer, 16, max_new_tokens=1)["problem"]  # no tokens
-    pair = {"chosen": "12=a b", "rejected": "12=a c"}
-    assert json.loads(tokenize_prompt(pair, tokenizer, 16, max_new_tokens=1)["raw"]) == "12=a"
+def test_evaluations_and_training_steps_have_different_seeds(monkeypatch):
+    """An evaluation after `step` steps, and training step `step`, which follows it."""
+    args, evaluations, training = arguments(), [], []
+
+    def generate(model, tokenizer, prompts, args, **how):
+        evaluations.append(torch.initial_seed())
+        return prompts
+
+    monkeypatch.setattr(common, "generate", generate)
+    rows = datasets.Dataset.from_dict({"prompt": [[5, 6]]})
+    test = common.Data(rows, rows, rows)
+    for step in range(4):
+        common.complete(None, AutoTokenizer.from_pretrained(TOY_MODEL), test, args, step)
+        common.seed(args.seed, step, 0)
+        training.append(torch.initial_seed())
+    assert len({*evaluations}) == len({*training}) == 4 and {*evaluations}.isdisjoint(training)
 
 
 # ----------------------------------------------------------------------------------------- who decides
@@ -158,30 +163,57 @@ def two_models(monkeypatch, policy_says: list[int], reference_says: list[int]) -
     monkeypatch.setattr(common, "generate", lambda *args, **options: next(said))
 
 
-def sampled(monkeypatch, decide, **options):
+def sampled(monkeypatch, decide, *, judge=None, **options):
     """Of two prompts: the policy says '7' and '8' with EOS, the reference '9' without and '8' with."""
     tokenizer = AutoTokenizer.from_pretrained(TOY_MODEL)
     encode, eos = (lambda text: tokenizer(text)["input_ids"]), tokenizer.eos_token_id
     two_models(monkeypatch, [[*encode("7"), eos], [*encode("8"), eos]], [encode("9"), [*encode("8"), eos]])
     model = SimpleNamespace(generation_config=SimpleNamespace(eos_token_id=eos))
-    rows = {"prompt": [encode("1="), encode("2=")], "raw": ['"1="', '"2="']}
-    return sample(model, model, decide, tokenizer, rows, arguments(**options))
+    raw = datasets.Dataset.from_dict({"prompt": ["0=", "1=", "2="]})
+    tokens = raw.map(lambda row: {"prompt": encode(row["prompt"])}, remove_columns="prompt")
+    args = arguments(**options)
+    args.judge = judge
+    return sample(model, model, decide, tokenizer, common.Data(raw, tokens, None), [1, 2], args)
 
 
 def test_scores_decide_and_a_missing_eos_costs(monkeypatch):
-    def decide(prompts, texts):
+    def decide(prompts, texts, ended):
+        assert prompts == ["1=", "2="]
         return torch.tensor([float(text) for text in texts])
 
-    samples = sampled(monkeypatch, decide, judge=None, reward_model_path="r")
+    samples = sampled(monkeypatch, decide)
     assert samples.texts == [("7", "9"), ("8", "8")]
     assert samples.preferences.tolist() == [-1, 0] and samples.scores.tolist() == [[7, 9], [8, 8]]
     assert samples.ended.tolist() == [[True, False], [True, True]]
-    samples = sampled(monkeypatch, decide, judge=None, reward_model_path="r", missing_eos_penalty=3.0)
+    samples = sampled(monkeypatch, decide, missing_eos_penalty=3.0)
     assert samples.preferences.tolist() == [1, 0] and samples.scores.tolist() == [[7, 6], [8, 8]]
 
 
+def test_the_scorer_is_told_which_answers_ended(monkeypatch):
+    seen = []
+
+    def decide(prompts, texts, ended):
+        seen.append((texts, ended))
+        return torch.zeros(2)
+
+    sampled(monkeypatch, decide)
+    assert seen == [(["7", "8"], [True, True]), (["9", "8"], [False, True])]
+
+
+def test_special_tokens_are_visible_but_for_a_final_eos(monkeypatch):
+    """The policy is trained on all of its tokens, so whoever decides has to see them."""
+    tokenizer = AutoTokenizer.from_pretrained(TOY_MODEL)
+    decide, prompt = (lambda prompts, texts, ended: torch.zeros(2)), tokenizer("1=")["input_ids"]
+    two, (bos, eos) = tokenizer("2")["input_ids"], tokenizer("<s></s>")["input_ids"]
+    two_models(monkeypatch, [[*two, bos, *two, eos], [eos]], [[*two, bos], [bos, eos]])
+    model = SimpleNamespace(generation_config=SimpleNamespace(eos_token_id=eos))
+    data = common.Data([{"prompt": "1="}] * 2, datasets.Dataset.from_dict({"prompt": [prompt] * 2}), None)
+    samples = sample(model, model, decide, tokenizer, data, [0, 1], arguments())
+    assert samples.texts == [("2<s>2", "2<s>"), ("", "<s>")]
+
+
 def test_a_judge_sees_the_answers_in_random_order(monkeypatch):
-    orders = set()
+    orders, totals = set(), torch.zeros(2)
 
     def larger(prompts, pairs):
         assert prompts == ["1=", "2="]
@@ -190,14 +222,16 @@ def test_a_judge_sees_the_answers_in_random_order(monkeypatch):
 
     for attempt in range(20):
         common.seed(attempt)
-        assert sampled(monkeypatch, larger).preferences.tolist() == [-1, 0]
+        assert sampled(monkeypatch, larger, judge="larger").preferences.tolist() == [-1, 0]
     assert orders == {("7", "9"), ("9", "7")}
-    totals = sum(sampled(monkeypatch, lambda prompts, pairs: [0, 0]).preferences for _ in range(200))
-    assert totals.abs().max() < 60  # one that favours the first answer favours no model
+    for _ in range(200):  # a judge that favours the first answer favours no model
+        totals += sampled(monkeypatch, lambda prompts, pairs: [0, 0], judge="first").preferences
+    assert totals.abs().max() < 60
 
 
-def test_rewards_are_read_at_the_last_real_token(tmp_path, monkeypatch):
-    """Also where padding is EOS, which texts end in."""
+@pytest.fixture
+def reward_model(tmp_path):
+    """(model, tokenizer, scores): a random reward model for 128 tokens, and load_scorer's function of it."""
     torch.manual_seed(0)
     config = LlamaConfig(**SMALL | {"num_labels": 1, "pad_token_id": 2, "initializer_range": 0.3})
     model = LlamaForSequenceClassification(config)
@@ -205,17 +239,47 @@ def test_rewards_are_read_at_the_last_real_token(tmp_path, monkeypatch):
     tokenizer = AutoTokenizer.from_pretrained(TOY_MODEL)
     tokenizer.pad_token = tokenizer.eos_token
     tokenizer.save_pretrained(tmp_path)
-    args = arguments(judge=None, reward_model_path=str(tmp_path), bf16=False, per_device_eval_batch_size=3)
-    scores = load_scorer(args, torch.device("cpu"), [])
-    prompts = [[{"role": "user", "content": text}] for text in ("1", "22222", "333")]
-    answers = ["one", "a longer one", ""]
-    want = []
-    for prompt, answer in zip(prompts, answers, strict=True):
-        ids = common.encode(tokenizer, prompt, [{"role": "assistant", "content": answer}])
+    args = arguments(reward_model_path=str(tmp_path), bf16=False, per_device_eval_batch_size=3)
+    return model, tokenizer, load_scorer(args, torch.device("cpu"), [])
+
+
+def score_of(model, ids: list[int]) -> float:
+    return model.score(model.model(torch.tensor([ids])).last_hidden_state)[0, -1, 0].item()
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_rewards_are_read_at_the_last_real_token(reward_model, chat):
+    """Also where padding is EOS, which texts end in; of an answer that was cut off, it is no end."""
+    model, tokenizer, scores = reward_model
+    prompts = [[{"role": "user", "content": text}] if chat else text for text in ("1", "22222", "333", "4")]
+    answers, ended, want = ["one", "a longer one", "x", "one an"], [True, True, True, False], []
+    for prompt, answer, end in zip(prompts, answers, ended, strict=True):
+        completion = [{"role": "assistant", "content": answer}] if chat else answer
+        ids = common.encode(tokenizer, prompt, completion)
         assert ids[-1] == tokenizer.eos_token_id
-        want.append(model.score(model.model(torch.tensor([ids])).last_hidden_state)[0, -1, 0].item())
-    assert scores(prompts, answers).tolist() == pytest.approx(want, abs=1e-5)
-    assert len({round(value, 3) for value in want}) == 3
+        want.append(score_of(model, ids if end else ids[:-1]))
+    assert scores(prompts, answers, ended).tolist() == pytest.approx(want, abs=1e-5)
+    assert len({round(value, 3) for value in want}) == 4
+
+
+def test_the_reward_model_reads_the_end_of_too_long_a_conversation(reward_model):
+    model, tokenizer, scores = reward_model
+    found = [scores([start * 200 + "1="], ["one"], [True]).item() for start in "78"]
+    want = score_of(model, tokenizer("7" * 122 + "1=one</s>")["input_ids"])
+    assert found[0] == pytest.approx(want, abs=1e-5) and found[0] != found[1]
+    same_end = [scores([start + "7" * 200 + "1="], ["one"], [True]).item() for start in "78"]
+    assert same_end == pytest.approx([want] * 2, abs=1e-5)
+
+
+def test_an_answer_that_a_template_cannot_leave_open_is_scored_as_ended(tmp_path, reward_model):
+    model, tokenizer, _ = reward_model
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.content | replace('a', 'b') }}{{ eos_token }}{% endfor %}"
+    )
+    tokenizer.save_pretrained(tmp_path)
+    scores = load_scorer(arguments(reward_model_path=str(tmp_path), bf16=False), torch.device("cpu"), [])
+    found = scores([[{"role": "user", "content": "1"}]], ["a"], [False]).item()
+    assert found == pytest.approx(score_of(model, tokenizer("1</s>b</s>")["input_ids"]), abs=1e-5)
 
 
 def test_judges_are_functions_of_files(tmp_path):
@@ -246,7 +310,7 @@ def judge(tmp_path):
 
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_resumed_run_is_bitwise_the_uninterrupted_one(tmp_path, judge, processes):
-    flags = [*judge, "--sync_ref_model", "--ref_model_sync_steps", "2", "--alpha", "1e-3", "0"]
+    flags = [*judge, *"--sync_ref_model --ref_model_sync_steps 2 --alpha 1e-3 0 --bf16 true".split()]
     succeed("xpo.py", tmp_path / "a", *flags, processes=processes)
     stop("xpo.py", tmp_path / "b", *flags, after_steps=3, by=signal.SIGKILL, processes=processes)
     succeed("xpo.py", tmp_path / "b", *flags, processes=processes)
@@ -268,17 +332,3 @@ def test_processes_sample_independently(tmp_path, judge):
     lines = [json.loads(line) for line in (tmp_path / "a" / "completions.jsonl").read_text().splitlines()]
     first, second, *_ = (line["texts"] for line in lines)  # of rank 0 and rank 1
     assert first[0] != second[0] and first[1] != second[1]
-
-
-def test_a_judge_that_fails_is_named(tmp_path):
-    result = run(
-        "xpo.py",
-        tmp_path / "a",
-        "--judge",
-        "nowhere.py:f",
-        "--model_name_or_path",
-        "m",
-        "--dataset_name",
-        "d",
-    )
-    assert result.returncode == 1 and "nowhere.py is no such file" in result.stderr
