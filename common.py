@@ -146,9 +146,8 @@ def collate(examples: list[tuple], device: torch.device, *, score_prompts: bool 
     # token is an input only: it has no label, and adds nothing to losses and metrics.
     inputs = examples or [([0], [0])]
     pairs = [(prompt, y) for prompt, *completions in inputs for y in completions]
-    tokens = pad_sequence(
-        [torch.tensor([*prompt, *y]) for prompt, y in pairs], batch_first=True
-    )  # (2B, L + 1)
+    sequences = [torch.tensor([*prompt, *y]) for prompt, y in pairs]
+    tokens = pad_sequence(sequences, batch_first=True)  # (2B, L + 1)
     prompt_ends = torch.tensor([[len(prompt)] for prompt, _ in pairs])  # (2B, 1)
     ends = prompt_ends + torch.tensor([[len(y)] for _, y in pairs])
     label_column = torch.arange(1, tokens.shape[1])
@@ -236,10 +235,9 @@ AttentionMaskInterface.register("packed", sdpa_mask)  # ordinary calls get their
 
 @torch.no_grad()
 def choose_forward_pass(model) -> None:
-    """Set model.forward_pass to "packed" if that gives plain_token_logps's numbers, else to "padded".
+    """Set model.forward_pass to "packed" if that gives the numbers of plain_token_logps, else to "padded".
 
-    Not every architecture calls the attention function, and some do more to a hidden state than logits_of
-    knows. The load-balancing loss of a mixture of experts comes with the model's own forward pass.
+    Not all architectures call the attention function, and some do more to hidden states than logits_of.
     """
     examples = [([1, 2, 3, 4, 5], [1, 3, 2], [4, 4, 1, 2, 5, 3]), ([2], [5], [3, 1, 4, 1, 5, 2, 4])]
     batch, attention = collate(examples, model.device, global_pairs=2), model.config._attn_implementation
@@ -264,10 +262,9 @@ def choose_forward_pass(model) -> None:
 
 
 def global_batches(data: Data, args: Arguments) -> np.ndarray:
-    """The row numbers of every global batch of the run, (steps, batch_size): a function of seed and epoch.
+    """The row numbers of all global batches of the run, (steps, batch_size): a function of seed and epoch.
 
-    A batch is a random sample. Inside, it is sorted by length, so that processes and micro-batches get rows
-    of similar length. Rows that do not fill a batch at the end of an epoch wait for another epoch.
+    A batch is a random sample, sorted by length. Rows that do not fill a batch wait for another epoch.
     """
     rows, size, epochs = len(data.lengths), args.batch_size, []
     if not (per_epoch := rows // size):
@@ -282,10 +279,7 @@ def global_batches(data: Data, args: Arguments) -> np.ndarray:
 
 
 def micro_batches(data: Data, rows: np.ndarray, size: int, device: torch.device) -> Iterator[Batch]:
-    """This process's part of a global batch of rows, `size` rows at a time.
-
-    All processes get equally many micro-batches, because they run in step; some may have no rows.
-    """
+    """This process's part of a global batch, `size` rows at a time; equally often on all processes."""
     rank, world = dist.get_rank(), dist.get_world_size()
     mine = rows[rank::world]  # neighbours have similar lengths: every process gets some of each length
     tokens = dict(zip(data.tokens.column_names, data.lengths[rows].sum(0).tolist(), strict=True))
@@ -320,14 +314,12 @@ def load_data(args: Arguments, tokenizer, completions=("chosen", "rejected"), *,
     kind = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}.get(path.suffix)
     if kind and not path.is_file():
         fail(f"there is no file {path}")
+    options = {"data_files": glob.escape(str(path))} if kind else {"name": args.dataset_config}
+    if kind == "csv":  # these columns hold texts, even where they look like numbers, or like nothing
+        texts = dict.fromkeys((*columns, "chosen", "rejected", "answer"), str)
+        options |= {"converters": texts, "keep_default_na": False}
     with one_line(f"cannot load the dataset {args.dataset_name}"):
-        if kind:
-            # In a csv file these columns hold texts, even where they look like numbers, or like nothing.
-            texts = dict.fromkeys(("prompt", "chosen", "rejected", "answer", *completions), str)
-            options = {"converters": texts, "keep_default_na": False} if kind == "csv" else {}
-            splits = datasets.load_dataset(kind, data_files=glob.escape(str(path)), **options)
-        else:
-            splits = datasets.load_dataset(args.dataset_name, args.dataset_config)
+        splits = datasets.load_dataset(kind or args.dataset_name, **options)
     names = [args.dataset_train_split] + [args.dataset_test_split] * (args.eval_strategy != "no")
     if names[0] not in splits:
         fail(f"{args.dataset_name} has no split '{names[0]}'; it has {', '.join(splits)}")
@@ -384,8 +376,7 @@ def tokenize_split(raw, name: str, args: Arguments, tokenizer, columns: tuple, s
 def tokenize(row: dict, tokenizer, completions: list[str], max_length: int, room: int) -> dict:
     """Token ids of a row's `prompt` and completions, or the `problem` that rules the row out.
 
-    Completions are cut at the end so that `max_length` is kept; the prompt is never cut, and leaves `room`.
-    Raises ValueError for columns that are neither texts nor messages.
+    Completions are cut at the end, at max_length. The prompt is never cut, and leaves `room`.
     """
     result = {name: [] for name in ("prompt", *completions)} | {"problem": "", "straddles": False}
     for name in {"prompt", "chosen", "rejected", *completions} & {*row}:
@@ -427,9 +418,9 @@ def tokenize(row: dict, tokenizer, completions: list[str], max_length: int, room
 
 
 def split_prompt(row: dict, completions: list[str] | None = None) -> list:
-    """[prompt, *completions] of a row, all of them texts, or all of them lists of messages.
+    """[prompt, *completions] of a row, all texts or all lists of messages; by default, of the row's own pair.
 
-    Without `completions`, the row's own pair, if it has one, tells where a prompt ends that is not given.
+    Where a pair has no prompt of its own, that is what both completions begin with: whole words, or messages.
     """
     names = completions or [name for name in ("chosen", "rejected") if row.get(name)]
     prompt, answers = row.get("prompt"), [row[name] for name in names]
@@ -438,14 +429,10 @@ def split_prompt(row: dict, completions: list[str] | None = None) -> list:
     if isinstance(prompt, str) and answers and isinstance(answers[0], list):
         # Unless the messages begin with the answer, they have the prompt as well.
         prompt = [{"role": "user", "content": prompt}] if answers[0][0].get("role") == "assistant" else None
-    return extract_prompt(*answers) if prompt is None and len(answers) == 2 else [prompt, *answers]
-
-
-def extract_prompt(chosen, rejected) -> list:
-    """[prompt, chosen, rejected] of completions that begin with the prompt: the words or messages shared."""
-    is_text = isinstance(chosen, str)
-    if is_text:
-        chosen, rejected = (re.findall(r"\s*\S+|\s+", text) for text in (chosen, rejected))
+    if prompt is not None or len(answers) != 2:
+        return [prompt, *answers]
+    is_text = isinstance(answers[0], str)
+    chosen, rejected = (re.findall(r"\s*\S+|\s+", y) if is_text else y for y in answers)
     n = min(shared_length(chosen, rejected), len(chosen) - 1, len(rejected) - 1)  # leave something of both
     parts = [chosen[:n], chosen[n:], rejected[n:]]
     return ["".join(part) for part in parts] if is_text else parts
@@ -523,10 +510,7 @@ def from_rank_0(value):
 
 
 def start(args: Arguments) -> tuple[int, int, torch.device]:
-    """Join the other processes: (rank, world size, device).
-
-    torchrun sets RANK, WORLD_SIZE and so on; plain `python script.py` is a world of one process.
-    """
+    """Join the other processes that torchrun has started, if any: (rank, world size, device)."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = torch.device("cpu")
     if torch.cuda.is_available():
@@ -583,8 +567,8 @@ def load_tokenizer(path: str, args: Arguments):
 def load_model(path: str, args: Arguments, device: torch.device, *, trainable: bool, updated: bool = False):
     """A causal language model, sharded over all processes, with the method `token_logps` of this file.
 
-    Dropout is off in all models, so that policy and reference agree exactly before the first step. Weights
-    that are neither trained nor `updated` otherwise are kept in the dtype of the computation.
+    Dropout is off, so that policy and reference agree exactly before the first step. Weights that are neither
+    trained nor `updated` otherwise have the dtype of the computation.
     """
     config = from_pretrained(AutoConfig, path, args).to_dict()
     dropout = {name: value for name, value in config.items() if "drop" in name and isinstance(value, float)}
@@ -634,20 +618,12 @@ def set_learning_rate(optimizer, step: int, steps: int, args: Arguments) -> floa
     return lr
 
 
-def clip_grad_norm(model, max_norm: float) -> float:
-    """Clip the gradient, as one vector over all processes, to `max_norm`, and return its norm before that."""
-    return torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm).full_tensor().item()
-
-
 # ------------------------------------------------------------------------------------------------- generation
 
 
 @contextmanager
 def gathered(model, args: Arguments) -> Iterator[bool]:
-    """Keep full weights on every process while generating, if they fit: gathered once, not for every token.
-
-    Yields whether they fit. If not, all processes must generate the same number of tokens (synced_gpus).
-    """
+    """Gather the weights once for a whole generation, if they fit into memory; yields whether they do."""
     fits = torch.ones((), device=model.device)
     if model.device.type == "cuda":
         size = sum(p.numel() * (2 if args.bf16 else p.element_size()) for p in model.parameters())
@@ -676,10 +652,7 @@ def eos_ids(model, tokenizer) -> list[int]:
 
 @torch.no_grad()
 def generate(model, tokenizer, prompts: list[list[int]], args: Arguments, **sampling) -> list[list[int]]:
-    """One completion for each prompt: token ids that end in EOS, unless max_new_tokens cut them off.
-
-    `sampling` are options of transformers' generate(), such as do_sample and temperature.
-    """
+    """One completion for each prompt: token ids that end in EOS, unless max_new_tokens cut them off."""
     was_training, config, eos = model.training, model.generation_config, eos_ids(model, tokenizer)
     pad = eos[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     # A fresh configuration: the checkpoint's temperature, top-k and so on must not change the distribution.
@@ -694,6 +667,7 @@ def generate(model, tokenizer, prompts: list[list[int]], args: Arguments, **samp
                 part = [torch.tensor(prompt) for prompt in prompts[start : start + size]]
                 ids = pad_sequence(part, padding_value=pad, **left).to(model.device)
                 mask = pad_sequence([torch.ones_like(prompt) for prompt in part], **left).to(model.device)
+                # Weights that are gathered at every token need all processes to generate equally many.
                 output = model.generate(input_ids=ids, attention_mask=mask, synced_gpus=not full)
                 completions += output[:, ids.shape[1] :].tolist()
     finally:
@@ -704,10 +678,7 @@ def generate(model, tokenizer, prompts: list[list[int]], args: Arguments, **samp
 
 
 def complete(policy, tokenizer, test: Data, args: Arguments, step: int) -> tuple[dict, list[dict]]:
-    """Complete test prompts, greedily and by sampling: (metrics, samples), the same on every process.
-
-    If the dataset has a column `answer`, the metrics are the shares of completions that equal it.
-    """
+    """(metrics, samples): completions of test prompts, and the share that equals the column `answer`."""
     rank, world = dist.get_rank(), dist.get_world_size()
     count = min(args.eval_prompts, len(test.lengths)) // world * world  # equally many on all processes
     if not count:
@@ -797,9 +768,8 @@ class Log:
         metrics |= {"pairs_per_second": pairs / seconds, "tokens_per_second": float(tokens / seconds)}
         if self.device.type == "cuda":
             metrics["peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
-        shown = {"loss": "loss", "margin": "rewards/margins", "accuracy": "rewards/accuracies"}
-        shown = {short: f"{metrics[name]:.3g}" for short, name in shown.items() if name in metrics}
-        self.bar.set_postfix(shown | {"pairs/s": f"{pairs / seconds:.1f}"}, refresh=False)
+        shown = [name for name in ("loss", "rewards/margins", "rewards/accuracies") if name in metrics]
+        self.bar.set_postfix({name: f"{metrics[name]:.3g}" for name in shown}, refresh=False)
         self.bar.update()
         self.write(step + 1, metrics, (step + 1) % self.args.logging_steps == 0 or step + 1 == self.steps)
         if self.skipped == 3:
@@ -810,14 +780,12 @@ class Log:
 
     def evaluation(self, step: int, metrics: dict[str, float], samples: list[dict]) -> None:
         """Write metrics of the test split and completions of test prompts, after `step` steps."""
-        if self.is_main:
-            self.completions.writelines(json.dumps(sample) + "\n" for sample in samples)
-        self.write(step, {f"eval_{name}": value for name, value in metrics.items()}, report=True)
+        self.write(step, {f"eval_{name}": value for name, value in metrics.items()}, True, samples)
         for sample in samples[:3]:
             say("    " + "  ".join(f"{name} {value!r}" for name, value in sample.items() if name != "step"))
         self.time = time.perf_counter()
 
-    def write(self, step: int, metrics: dict[str, float], report: bool) -> None:
+    def write(self, step: int, metrics: dict[str, float], report: bool, samples: list[dict] = ()) -> None:
         if report:
             values = " ".join(f"{name} {value:.4g}" for name, value in metrics.items())
             say(f"step {step}/{self.steps} {values}")
@@ -826,6 +794,7 @@ class Log:
         if self.is_main:
             strict = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
             with one_line(f"cannot write the metrics of step {step}; the checkpoints are intact"):
+                self.completions.writelines(json.dumps(sample) + "\n" for sample in samples)
                 self.metrics.write(json.dumps({"step": step, **strict}, allow_nan=False) + "\n")
 
     def close(self) -> None:
@@ -854,13 +823,11 @@ def replace_text(path: Path, text: str) -> None:
 
 
 def open_tracker(args: Arguments):
-    """The tracker of --report_to: an object with wandb's functions log and finish, which trackio has as well."""
+    """The tracker of --report_to: an object with wandb's log and finish, which trackio has as well."""
     if args.report_to == "tensorboard":
         writer = importlib.import_module("torch.utils.tensorboard").SummaryWriter(args.output_dir)
-        add = writer.add_scalar
-        return SimpleNamespace(
-            finish=writer.close, log=lambda m, step: [add(*item, step) for item in m.items()]
-        )
+        log = lambda metrics, step: [writer.add_scalar(*item, step) for item in metrics.items()]  # noqa: E731
+        return SimpleNamespace(log=log, finish=writer.close)
     tracker = importlib.import_module(args.report_to)
     tracker.init(project=Path(args.output_dir).name, name=args.run_name, config=asdict(args))
     return tracker
@@ -869,7 +836,7 @@ def open_tracker(args: Arguments):
 # ------------------------------------------------------------------------------------------------ checkpoints
 
 # Flags that may differ on resume. Those in the second line change rounding, and so perhaps what is sampled.
-MAY_CHANGE = """finished output_dir overwrite_output_dir dataset_num_proc logging_steps report_to run_name
+MAY_CHANGE = """output_dir overwrite_output_dir dataset_num_proc logging_steps report_to run_name
     per_device_train_batch_size per_device_eval_batch_size gradient_checkpointing
     save_steps save_total_limit push_to_hub hub_model_id traceback""".split()
 # What overwrite_output_dir deletes; run.json last, because it tells that the rest belongs to a run.
@@ -878,15 +845,10 @@ WRITTEN = """checkpoints metrics.jsonl completions.jsonl reference_logps_* event
 LOCKS: dict[str, int] = {}  # open directories; a notebook may start a run again in the same process
 
 
-def describe_run(args: Arguments, *, finished: bool) -> dict:
-    """The content of run.json. `format` is that of all files of a run."""
-    return {"format": 2, "finished": finished, "script": Path(sys.argv[0]).name, **asdict(args)}
-
-
 def write_run(args: Arguments, *, finished: bool) -> None:
-    replace_text(
-        Path(args.output_dir, "run.json"), json.dumps(describe_run(args, finished=finished), indent=2)
-    )
+    """Write run.json, which says what runs in output_dir. `format` is that of all files of a run."""
+    run = {"format": 2, "finished": finished, "script": Path(sys.argv[0]).name, **asdict(args)}
+    replace_text(Path(args.output_dir, "run.json"), json.dumps(run, indent=2))
 
 
 def check_output_dir(args: Arguments) -> None:
@@ -899,11 +861,11 @@ def check_output_dir(args: Arguments) -> None:
         fail(f"--output_dir {args.output_dir} has a model, which would be overwritten")
     if args.overwrite_output_dir or not file.exists():
         return
-    old, new = json.loads(file.read_text()), describe_run(args, finished=False)
+    old, new = json.loads(file.read_text()), {"script": Path(sys.argv[0]).name, **asdict(args)}
     unknown = ["data_digest"] if args.data_digest is None else []  # before the data are loaded
     differ = [name for name in new if name not in MAY_CHANGE + unknown and old.get(name) != new[name]]
     changes = ", ".join(f"{name} {old.get(name)} (now {new[name]})" for name in differ)
-    if "format" in differ:
+    if old.get("format") != 2:
         changes = "one of another version of this program"
     if changes:
         fail(f"another run is in {args.output_dir}: {changes}; change --output_dir or --overwrite_output_dir")
@@ -1027,10 +989,7 @@ MAY_BE_ZERO = "warmup_steps weight_decay adam_beta1 adam_beta2 adam_epsilon eval
 
 @dataclass
 class Arguments:
-    """What all methods take. Names are TRL's where TRL has the flag. Batch sizes count pairs.
-
-    Raises ValueError for values that are not defined or do not go together.
-    """
+    """What all methods take. Names are TRL's where TRL has the flag. ValueError for what is not defined."""
 
     model_name_or_path: str | None = arg(None, "the policy: a Hub name or a directory [the built-in example]")
     model_revision: str = arg("main", "branch, tag or commit of the model on the Hub")
@@ -1082,14 +1041,15 @@ class Arguments:
         if self.gradient_accumulation_steps:
             self.batch_size = self.per_device_train_batch_size * self.gradient_accumulation_steps * world
         self.batch_size = 64 if self.batch_size is None else self.batch_size
-        for name in [f.name for f in fields(Arguments) if f.type.startswith(("int", "float"))]:
-            value, may_be = getattr(self, name), 0 if name in MAY_BE_ZERO else None
-            if value not in (None, may_be) and name != "max_steps" and not 0 < value < math.inf:
+        for name in [f.name for f in fields(Arguments) if f.name != "max_steps"]:
+            value = getattr(self, name)
+            is_allowed = value == 0 and name in MAY_BE_ZERO
+            if type(value) in (int, float) and not 0 < value < math.inf and not is_allowed:
                 raise ValueError(f"{name} must be positive, not {value}")
         if self.batch_size % world:
             near = max(1, round(self.batch_size / world)) * world
             raise ValueError(
-                f"batch_size {self.batch_size} is not a multiple of {world} processes; {near} is"
+                f"batch_size {self.batch_size} is not a multiple of {world} processes: {near} is"
             )
         if self.report_to != "none" and importlib.util.find_spec(self.report_to) is None:
             raise ValueError(f"--report_to {self.report_to} needs a package: pip install {self.report_to}")

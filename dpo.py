@@ -175,7 +175,9 @@ def main(args: Arguments) -> None:
             loss, metrics = loss_and_metrics(policy, train_reference, batch, args, bco_delta)
             (loss * world).backward()  # fully_shard averages gradients over processes; shares are to be added
             log.add(metrics)
-        grad_norm = common.clip_grad_norm(policy, args.max_grad_norm)
+        grad_norm = (
+            torch.nn.utils.clip_grad_norm_(policy.parameters(), args.max_grad_norm).full_tensor().item()
+        )
         if math.isfinite(grad_norm):  # it is the same on all processes, so all of them skip a bad step
             optimizer.step()
         optimizer.zero_grad()
