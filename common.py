@@ -66,8 +66,8 @@ class Batch:
                      q1 c1 .  .                   c1 c2 .  .                        x  x  .  .
                      q1 r1 r2 .                   r1 r2 r3 .                        x  x  x  .
 
-    The last token of a completion is only ever a label, never an input. A method with another number of
-    completions for each prompt has as many rows for each prompt.
+    A completion is what the papers call an answer. Its last token is only ever a label, never an input. A
+    method with another number of completions for each prompt has that number of rows for each prompt.
     """
 
     inputs: dict[str, Tensor]  # for model(**inputs): input_ids (2B, L) and attention_mask (2B, L)

@@ -73,7 +73,7 @@ def dpo_loss(
 
 
 def loss_and_metrics(
-    policy, reference_logps: Callable[[Batch], Tensor], batch: Batch, args: Arguments, bco_delta: float
+    policy, reference_logps: Callable[[Batch], Tensor], batch: Batch, args: Arguments, bco_rewards: Tensor
 ) -> tuple[Tensor, dict]:
     """This micro-batch's additive share of the global-batch mean loss and metrics.
 
@@ -81,17 +81,15 @@ def loss_and_metrics(
     gradient depends on how a batch is split over processes and micro-batches.
     """
     ref_logps = reference_logps(batch)  # (B, 2). First, because under no_grad it stores no activations
-    if args.use_weighting:  # WPO
+    pair_weights = 1.0
+    if args.use_weighting:  # WPO, a relative of DPO
         token_logps, pair_weights = token_logps_and_pair_weights(policy, batch)
     else:
-        token_logps, pair_weights = (
-            policy.token_logps(batch),
-            1.0,
-        )  # (2B, L): log π of each token of an answer
+        token_logps = policy.token_logps(batch)  # (2B, L): log π of each token of an answer, 0 elsewhere
     logps = sum_over_tokens(token_logps, batch, args)  # (B, 2): chosen, rejected
 
     # For DPO itself, this is the sum of dpo_loss(*logps.unbind(1), *ref_logps.unbind(1), beta=args.beta).
-    sum_of_losses = weighted_sum_of_losses(logps, ref_logps, pair_weights, batch, args, bco_delta)
+    sum_of_losses = weighted_sum_of_losses(logps, ref_logps, pair_weights, batch, args, bco_rewards)
     loss = sum_of_losses / batch.global_pairs
 
     rewards = args.beta * (logps - ref_logps).detach()  # (B, 2)
@@ -107,7 +105,7 @@ def loss_and_metrics(
         sums["nll_loss"] = -(logps[:, 0] / answer_lengths(batch)[:, 0]).sum()
     metrics = {name: value / batch.global_pairs for name, value in sums.items()}
     if policy.router_loss is not None:
-        # A mixture of experts that balances its load. This is no sum over pairs: it is the mean over
+        # A mixture of experts that balances its load. This is not a sum over pairs; it is the mean over
         # micro-batches, weighted by their numbers of pairs.
         metrics["aux_loss"] = policy.router_loss * len(logps) / batch.global_pairs
         loss = loss + policy.config.router_aux_loss_coef * metrics["aux_loss"]
@@ -131,14 +129,12 @@ def frozen_logps(reference, args: Arguments, batch: Batch) -> Tensor:
 
 
 @torch.no_grad()
-def evaluate(
-    policy, reference_logps, tokenizer, test: Data, args: Arguments, log, step: int, bco_delta
-) -> None:
+def evaluate(policy, reference_logps, tokenizer, test: Data, args, log, step: int, bco_rewards) -> None:
     """Metrics of the test pairs, all of them as one global batch, and completions of test prompts."""
     # (The losses that sort, aot and its kin, sort what all processes hold at a time, not all pairs.)
     rows = test.lengths.sum(1).argsort(kind="stable")  # micro-batches of similar length
     for batch in common.micro_batches(test, rows, args.per_device_eval_batch_size, policy.device):
-        log.add(loss_and_metrics(policy, reference_logps, batch, args, bco_delta)[1])
+        log.add(loss_and_metrics(policy, reference_logps, batch, args, bco_rewards)[1])
     metrics, samples = common.complete(policy, tokenizer, test, args, step)
     log.evaluation(step, log.all_reduce()[0] | metrics, samples)
 
@@ -152,7 +148,9 @@ def main(args: Arguments) -> None:
     policy = common.load_model(args.model_name_or_path, args, device, trainable=True)
     reference = load_reference(args, device, tokenizer)
     optimizer = common.adamw(policy, args)
-    bco_rewards = torch.zeros(2, dtype=torch.float64)  # their sum over steps, and the number of these steps
+    bco_rewards = torch.zeros(
+        2, dtype=torch.float64
+    )  # for BCO: the sum of all steps' rewards, and their number
     method_state = {"bco_rewards": bco_rewards}
     method_state |= {"reference": reference.state_dict()} if args.sync_ref_model else {}
     common.claim_output_dir(args)
@@ -165,20 +163,18 @@ def main(args: Arguments) -> None:
         gc.collect()  # reference cycle (reference.token_logps is bound to it), so `None` is not enough
 
     log = common.Log(args, first_step, len(batches), len(train.lengths), device)
-    bco_delta = mean_reward(bco_rewards)
     if test is not None and log.evaluation_due(first_step):
-        evaluate(policy, test_reference, tokenizer, test, args, log, first_step, bco_delta)
+        evaluate(policy, test_reference, tokenizer, test, args, log, first_step, bco_rewards)
     for step in range(first_step, len(batches)):
         torch.manual_seed(hash((args.seed, step, rank)))  # makes a step reproducible after a resume
         lr = common.set_learning_rate(optimizer, step, len(batches), args)
         for batch in common.micro_batches(train, batches[step], args.per_device_train_batch_size, device):
-            loss, metrics = loss_and_metrics(policy, train_reference, batch, args, bco_delta)
+            loss, metrics = loss_and_metrics(policy, train_reference, batch, args, bco_rewards)
             (loss * world).backward()  # fully_shard averages gradients over processes; shares are to be added
             log.add(metrics)
-        grad_norm = (
-            torch.nn.utils.clip_grad_norm_(policy.parameters(), args.max_grad_norm).full_tensor().item()
-        )
-        if math.isfinite(grad_norm):  # it is the same on all processes, so all of them skip a bad step
+        norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), args.max_grad_norm)
+        grad_norm = norm.full_tensor().item()  # of the whole gradient, the same on all processes
+        if math.isfinite(grad_norm):  # otherwise all processes skip the step
             optimizer.step()
         optimizer.zero_grad()
 
@@ -186,7 +182,6 @@ def main(args: Arguments) -> None:
         if math.isfinite(grad_norm):
             reward = (metrics["rewards/chosen"] + metrics["rewards/rejected"]) / 2
             bco_rewards += torch.tensor([reward, 1.0])
-            bco_delta = mean_reward(bco_rewards)
         if args.sync_ref_model and (step + 1) % args.ref_model_sync_steps == 0:
             for old, new in zip(reference.parameters(), policy.parameters(), strict=True):
                 old.data.lerp_(new.data, args.ref_model_mixup_alpha)
@@ -199,7 +194,7 @@ def main(args: Arguments) -> None:
         if interrupted:
             common.stop_interrupted(done)
         if test is not None and log.evaluation_due(done):
-            evaluate(policy, test_reference, tokenizer, test, args, log, done, bco_delta)
+            evaluate(policy, test_reference, tokenizer, test, args, log, done, bco_rewards)
     common.save_model(args, policy, tokenizer)
     log.close()
     dist.destroy_process_group()
@@ -207,16 +202,12 @@ def main(args: Arguments) -> None:
 
 # ----------------------------------------------------------------------- DPO's relatives: their losses
 
-MARGIN = (
-    "sigmoid",
-    "hinge",
-    "robust",
-    "exo_pair",
-    "discopop",
-)  # they depend on the rewards' difference alone
-REWARDS = ("nca_pair", "bco_pair", "sppo_hard", "apo_zero", "apo_down")  # on the two rewards separately
-AVERAGED = ("ipo", "sigmoid_norm", "sft")  # on log-probabilities per token: sums divided by lengths
-WHOLE_BATCH = ("aot", "aot_unpaired", "aot_pair")  # they sort, so they need all pairs of the step at once
+# What they depend on: the difference of the two rewards, the two rewards separately, log-probabilities per
+# token (sums divided by lengths), or the order of all pairs of the step, which must be there at once.
+MARGIN = ("sigmoid", "hinge", "robust", "exo_pair", "discopop")
+REWARDS = ("nca_pair", "bco_pair", "sppo_hard", "apo_zero", "apo_down")
+AVERAGED = ("ipo", "sigmoid_norm", "sft")
+WHOLE_BATCH = ("aot", "aot_unpaired", "aot_pair")
 LOSS_TYPES = MARGIN + REWARDS + AVERAGED + WHOLE_BATCH
 SMOOTHED = ("sigmoid", "sigmoid_norm", "robust", "exo_pair", *WHOLE_BATCH)  # label_smoothing applies to these
 
@@ -359,7 +350,7 @@ class PowerDifference(torch.autograd.Function):
 
 
 def weighted_sum_of_losses(
-    logps: Tensor, ref_logps: Tensor, pair_weights, batch: Batch, args: Arguments, bco_delta: float
+    logps: Tensor, ref_logps: Tensor, pair_weights, batch: Batch, args: Arguments, bco_rewards: Tensor
 ) -> Tensor:
     """The sum of dpo_loss over pairs and args.loss_type, from log-probabilities (B, 2) of whole answers."""
     total = 0.0
@@ -369,7 +360,7 @@ def weighted_sum_of_losses(
             inputs = [values / answer_lengths(batch) for values in inputs]
         elif loss_type in WHOLE_BATCH:
             inputs = [gather_pairs(values) for values in inputs]
-        options = {"beta": args.beta, "loss_type": loss_type, **loss_options(loss_type, args, bco_delta)}
+        options = {"beta": args.beta, "loss_type": loss_type, **loss_options(loss_type, args, bco_rewards)}
         losses = dpo_loss(*inputs[0].unbind(1), *inputs[1].unbind(1), **options)
         if loss_type in WHOLE_BATCH:
             # Each rank sees all losses but differentiates only its own log-probabilities; the value, not the
@@ -379,7 +370,7 @@ def weighted_sum_of_losses(
     return total
 
 
-def loss_options(loss_type: str, args: Arguments, bco_delta: float) -> dict:
+def loss_options(loss_type: str, args: Arguments, bco_rewards: Tensor) -> dict:
     """The options of dpo_loss, for this loss type; none for DPO itself."""
     options, smoothing = {}, args.label_smoothing
     if loss_type == "exo_pair" and smoothing is None:
@@ -392,7 +383,8 @@ def loss_options(loss_type: str, args: Arguments, bco_delta: float) -> dict:
     if loss_type == "discopop":
         options["discopop_tau"] = args.discopop_tau
     if loss_type == "bco_pair":
-        options["bco_delta"] = bco_delta
+        total, steps = bco_rewards.tolist()
+        options["bco_delta"] = total / max(steps, 1)  # the mean reward of all steps that were not skipped
     return options
 
 
@@ -407,12 +399,6 @@ def gather_pairs(logps: Tensor) -> Tensor:
     dist.all_gather_object(everyones, logps.detach().cpu())
     everyones[dist.get_rank()] = logps
     return torch.cat([values.to(logps.device) for values in everyones])
-
-
-def mean_reward(bco_rewards: Tensor) -> float:
-    """BCO's threshold δ: the mean reward in all earlier steps that were not skipped; 0 before the first."""
-    total, steps = bco_rewards.tolist()
-    return total / max(steps, 1.0)
 
 
 def token_logps_and_pair_weights(policy, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -448,7 +434,7 @@ def load_reference(args: Arguments, device: torch.device, tokenizer):
     path = args.ref_model_name_or_path or args.model_name_or_path
     if common.load_tokenizer(path, args).get_vocab() != tokenizer.get_vocab():
         common.fail(
-            f"{path} has another vocabulary than {args.model_name_or_path}: it cannot be the reference"
+            f"{path} cannot be the reference: it has another vocabulary than {args.model_name_or_path}"
         )
     return common.load_model(path, args, device, trainable=False, updated=args.sync_ref_model)
 
@@ -465,14 +451,10 @@ def precompute(reference_logps, train: Data, test: Data | None, batches, args: A
     return train_table, reference_table(reference_logps, test, "test", groups, size, args, device)
 
 
-def reference_table(
-    reference_logps, data: Data, name: str, groups, size: int, args: Arguments, device
-) -> Callable:
+def reference_table(reference_logps, data: Data, name: str, groups, size: int, args, device) -> Callable:
     """A function of a batch of `data` that looks up what reference_logps says; the table is kept on disk."""
     path = Path(args.output_dir, f"reference_logps_{name}.npy")
-    is_known = [path.exists()]
-    dist.broadcast_object_list(is_known)  # one decision for all processes
-    if not is_known[0]:
+    if not common.from_rank_0(path.exists()):
         table = torch.zeros(len(data.lengths), 2, dtype=torch.float64, device=device)
         for rows in tqdm(groups, desc=f"reference, {name} split", disable=dist.get_rank() > 0):
             for batch in common.micro_batches(data, rows, size, device):
@@ -539,7 +521,7 @@ class Arguments(common.Arguments):
             raise ValueError(f"aot needs the batch at once: --per_device_train_batch_size {per_process}")
         # Dry run: let dpo_loss check the remaining options before anything is loaded.
         for loss_type in self.loss_type:
-            options = loss_options(loss_type, self, bco_delta=0.0)
+            options = loss_options(loss_type, self, bco_rewards=torch.zeros(2))
             dpo_loss(*torch.zeros(4, 1), beta=self.beta, loss_type=loss_type, **options)
 
 

@@ -82,7 +82,7 @@ def loss_and_metrics(policy, batch: Batch, args: Arguments) -> tuple[Tensor, dic
     }
     metrics = {name: value / batch.global_pairs for name, value in sums.items()}
     if policy.router_loss is not None:
-        # A mixture of experts that balances its load. This is no sum over pairs: it is the mean over
+        # A mixture of experts that balances its load. This is not a sum over pairs; it is the mean over
         # micro-batches, weighted by their numbers of pairs.
         metrics["aux_loss"] = policy.router_loss * len(logps) / batch.global_pairs
         loss = loss + policy.config.router_aux_loss_coef * metrics["aux_loss"]
@@ -123,10 +123,9 @@ def main(args: Arguments) -> None:
             loss, metrics = loss_and_metrics(policy, batch, args)
             (loss * world).backward()  # fully_shard averages gradients over processes; shares are to be added
             log.add(metrics)
-        grad_norm = (
-            torch.nn.utils.clip_grad_norm_(policy.parameters(), args.max_grad_norm).full_tensor().item()
-        )
-        if math.isfinite(grad_norm):  # it is the same on all processes, so all of them skip a bad step
+        norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), args.max_grad_norm)
+        grad_norm = norm.full_tensor().item()  # of the whole gradient, the same on all processes
+        if math.isfinite(grad_norm):  # otherwise all processes skip the step
             optimizer.step()
         optimizer.zero_grad()
 

@@ -49,10 +49,10 @@ WRONG = [  # method, flags, what is said
     ("cpo", "--learning_rate inf", "learning_rate must be positive"),
     ("orpo", "--max_grad_norm 0", "max_grad_norm must be positive"),
     ("alphapo", "--eval_steps -1", "eval_steps must be positive"),
-    ("dpo", "--weight_decay -0.1", "AdamW: Invalid weight_decay value: -0.1"),
+    ("dpo", "--weight_decay -0.1", "weight_decay must"),
     ("cpo", "--adam_beta2 1", "AdamW: Invalid beta parameter at index 1: 1.0"),
-    ("dpo", "--seed -1", "seed must not be negative"),
-    ("dpo", "--warmup_steps -5", "warmup_steps must not be negative"),
+    ("dpo", "--seed -1", "seed must"),
+    ("dpo", "--warmup_steps -5", "warmup_steps must"),
     ("dpo", "--beta 0", "beta must be positive"),
     ("cpo", "--beta -1", "beta must be positive"),
     ("alphapo", "--beta 0", "beta must be positive"),
@@ -107,7 +107,7 @@ WRONG = [  # method, flags, what is said
     (
         "dpo",
         "--model_name_or_path {dir}/added --dataset_name {data}",
-        "62 tokens, but the model embeds 61",
+        "62 tokens, but embeds 61",
     ),
     (
         "dpo",
@@ -122,7 +122,7 @@ WRONG = [  # method, flags, what is said
     (
         "dpo",
         "{model} {data} --ref_model_name_or_path {dir}/small --output_dir out",
-        "43 tokens, but the model embeds 20",
+        "43 tokens, but embeds 20",
     ),
     (
         "dpo",
@@ -138,37 +138,41 @@ WRONG = [  # method, flags, what is said
     (
         "dpo",
         "{model} {dir}/columns.jsonl",
-        "the training data lack columns: chosen, rejected are needed; found question, answer",
+        "the train split needs columns prompt, chosen, rejected; found question, answer",
     ),
-    ("xpo", "{model} {dir}/columns.jsonl --reward_model_path r", "prompt, or chosen and rejected are needed"),
-    ("orpo", "{model} {dir}/numbers.jsonl", "column chosen of the training data has ints, not texts"),
-    ("alphapo", "{model} {dir}/blank.jsonl", "no training rows are left"),
+    ("xpo", "{model} {dir}/columns.jsonl --reward_model_path r", "the train split needs columns prompt"),
+    ("orpo", "{model} {dir}/numbers.jsonl", "the train split: chosen is 1, not a text"),
+    ("alphapo", "{model} {dir}/blank.jsonl", "no rows of the train split are left: "),
     ("dpo", "{model} {dir}/one.jsonl", "1 rows do not fill a batch: --batch_size can be 1"),
     (
         "dpo",
         "{model} {dir}/one.jsonl --dataset_train_split validation",
         "no split 'validation'; it has train",
     ),
-    ("dpo", "--max_length 3", "no training rows are left"),
+    ("dpo", "--max_length 3", "no rows of the train split are left: "),
     ("dpo", "--batch_size 5000", "do not fill a batch"),
-    ("dpo", "{model} {dir}/images.jsonl", "no training rows are left"),
-    ("cpo", "{model} {dir}/roles.jsonl", "no training rows are left"),
+    ("dpo", "{model} {dir}/images.jsonl", "no rows of the train split are left: "),
+    ("cpo", "{model} {dir}/roles.jsonl", "no rows of the train split are left: "),
     (
         "dpo",
         "{model} {dir}/lists.jsonl",
-        "column chosen of the training data has lists of strs, not texts",
+        "chosen is ['one'], not a text or messages",
     ),
     (
         "dpo",
         "{model} {dir}/tokens.jsonl",
-        "column chosen of the training data has lists of ints, not texts or messages",
+        "chosen is [1, 2], not a text or messages",
     ),
     (
         "xpo",
         "{model} {dir}/parts.jsonl --reward_model_path r",
-        "column prompt of the training data has lists of dicts, not texts or messages",
+        "no rows of the train split are left: ",
     ),
-    ("dpo", "--model_name_or_path {dir}/no_template --dataset_name {dir}/chat.jsonl", "no chat template"),
+    (
+        "dpo",
+        "--model_name_or_path {dir}/no_template --dataset_name {dir}/chat.jsonl",
+        "chat_template is not set",
+    ),
 ]
 
 
@@ -180,10 +184,10 @@ def wrong(tmp_path_factory) -> Path:
     chat = {"chosen": CHAT, "rejected": other(CHAT)}
     rows = {
         "columns": {"question": "1", "answer": "a"},
-        "numbers": PAIR | {"chosen": 1, "rejected": 2},
-        "tokens": PAIR | {"chosen": [1, 2], "rejected": [3]},
+        "numbers": PAIR | {"chosen": 1},
+        "tokens": PAIR | {"chosen": [1, 2]},
         "parts": {"prompt": [{"type": "text", "text": "1"}]},
-        "lists": PAIR | {"chosen": ["one"], "rejected": ["two"]},
+        "lists": PAIR | {"chosen": ["one"]},
         "blank": PAIR | {"chosen": ""},
         "one": PAIR,
         "chat": chat,

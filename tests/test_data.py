@@ -30,18 +30,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 import common
-from common import (
-    Arguments,
-    Data,
-    by_length,
-    encode,
-    extract_prompt,
-    global_batches,
-    load_data,
-    micro_batches,
-    split_prompt,
-    tokenize,
-)
+from common import Arguments, Data, encode, global_batches, load_data, micro_batches, split_prompt, tokenize
 
 SHARED = Path(__file__).parents[2] / "shared"  # tokenizers of real models and real data, where there are any
 TOYS = ["toy", "toy, adds BOS", "toy, adds BOS and EOS", "toy, adds BOS that is EOS"]
@@ -284,7 +273,7 @@ IMPLICIT = [  # the prompt, and what follows it in both completions
 
 @pytest.mark.parametrize("prompt, chosen, rejected", IMPLICIT)
 def test_an_implicit_prompt_is_what_both_share(prompt, chosen, rejected):
-    assert extract_prompt(prompt + chosen, prompt + rejected) == [prompt, chosen, rejected]
+    assert split_prompt(pair(None, prompt + chosen, prompt + rejected)) == [prompt, chosen, rejected]
 
 
 words = st.text("ab \n", min_size=1, max_size=8)
@@ -299,7 +288,7 @@ def test_an_implicit_prompt_is_the_longest_that_splits_no_word_and_leaves_someth
         return a[:n] == b[:n] and (n == 0 or not a[n - 1].isspace() and a[n].isspace() and b[n].isspace())
 
     n = max(filter(fits, range(min(len(a), len(b)))))
-    assert extract_prompt(a, b) == [a[:n], a[n:], b[n:]]
+    assert split_prompt(pair(None, a, b)) == [a[:n], a[n:], b[n:]]
 
 
 @pytest.mark.parametrize("name", ["toy", GPT2])
@@ -314,7 +303,7 @@ def test_a_token_across_the_boundary_is_the_completions(name, tmp_path, capsys):
         for part in ("chosen", "rejected"):
             tokens = row[part] if start == tok.bos_token else row["prompt"] + row[part]
             assert tokens == [*ids(text["prompt"] + text[part], tok), tok.eos_token_id]
-    assert len(re.findall("in 2 training .* spans", capsys.readouterr().out)) == 1
+    assert len(re.findall("in 2 rows a token spans", capsys.readouterr().out)) == 1
 
 
 BYTES, LETTERS = (tokenizer(REAL[0]), st.characters(codec="utf-8")) if here else (TOY, "01ab -=")
@@ -395,7 +384,7 @@ def test_a_generation_prompt_that_the_finished_chat_lacks_is_left_out(tmp_path, 
     assert train.tokens["prompt"][0] == ids(HI, tok) and train.tokens["chosen"][0] == ids(
         "yo<|im_end|>\n", tok
     )
-    assert len(re.findall("in 2 training .*completion", capsys.readouterr().out)) == 1
+    assert len(re.findall("in 2 rows a token spans", capsys.readouterr().out)) == 1
 
 
 @needs_shared
@@ -412,23 +401,22 @@ def test_politeness_pairs(capsys):
 @pytest.mark.parametrize(
     "name, text", [("toy", "one end of"), ("toy", "endend"), ("real", "a<|end|>\n<|user|>\nb")]
 )
-def test_text_that_spells_a_special_token_stays_text(name, text):
-    """In messages, whose turns it could end; plain texts are taken to be what a template made."""
+def test_a_message_that_spells_a_special_token_is_dropped(name, text):
+    """It could end its turn. Plain texts are taken to be what a template made, special tokens and all."""
     if name == "real" and not here:
         pytest.skip("needs ../shared")
     tok = tokenizer(REAL[1] if name == "real" else "toy")
     if name == "toy":
         tok.add_special_tokens({"additional_special_tokens": ["end"]})
     special = {i for i, token in tok.added_tokens_decoder.items() if token.special}
-    row = tokenize_pair(pair(user(text), answer(text), answer("b")), tok, 999)
-    plain = tokenize_pair(pair(user("a"), answer("a"), answer("b")), tok, 999)
-    for part in ("prompt", "chosen"):
-        assert [i for i in row[part] if i in special] == [i for i in plain[part] if i in special]
-        # But for spaces: where a tokenizer begins texts with one, the pieces of this text have one, too.
-        want = tok.decode(plain[part]).replace("a", text, 1)
-        assert tok.decode(row[part]).replace(" ", "") == want.replace(" ", "")
-    raw = tokenize_pair(pair(text, text, "b"), tok, 999)
-    assert special & {*raw["prompt"]} and special & {*raw["chosen"][:-1]}
+    for i in range(3):
+        parts = ["a", "b", "c"]
+        assert not tokenize_pair(pair(user("a"), answer("b"), answer("c")), tok, 999)["problem"]
+        parts[i] = text
+        row = tokenize_pair(pair(user(parts[0]), answer(parts[1]), answer(parts[2])), tok, 999)
+        assert row["problem"] == "the text of a message spells a special token"
+    row = tokenize_pair(pair(text, text, "b"), tok, 999)
+    assert not row["problem"] and special & {*row["prompt"]} and special & {*row["chosen"][:-1]}
 
 
 # ------------------------------------------------------------------------------ what is cut, dropped, refused
@@ -454,7 +442,7 @@ def test_prompts_leave_room_for_the_completions_that_are_sampled(tmp_path):
     fits = tokenize(row, TOY, (), 16, room=10)
     assert fits["prompt"] == ids("<s>3942=") and not fits["problem"]
     assert "no room for a completion in max_length 15" in tokenize(row, TOY, (), 15, room=10)["problem"]
-    with pytest.raises(SystemExit, match="no training rows are left"):
+    with pytest.raises(SystemExit, match="no rows of the train split are left: .* leaves no room"):
         load(tmp_path / "a.json", completions=(), max_new_tokens=12, max_length=15)
 
 
@@ -462,7 +450,7 @@ def test_empty_prompts_are_not_sampled_from():
     tok = tokenizer()
     tok.backend_tokenizer.normalizer = Strip()
     for prompt in ("", " \n"):  # of which the second one has no tokens
-        assert tokenize({"prompt": prompt}, tok, (), 16, room=10)["problem"] == "the prompt is empty"
+        assert tokenize({"prompt": prompt}, tok, (), 16, room=10)["problem"].startswith("the prompt is empty")
 
 
 TURN, NOTHING = user("a") + answer("b"), user("a") + answer("")
@@ -473,6 +461,11 @@ EMPTY += [(user("a"), answer(""), answer("b")), (user("a"), [], answer("b")), (N
 @pytest.mark.parametrize("prompt, chosen, rejected", EMPTY)
 def test_empty_completions_are_found(prompt, chosen, rejected):
     assert tokenize_pair(pair(prompt, chosen, rejected), TOY, 99)["problem"] == "a completion is empty"
+
+
+def test_conversations_that_share_no_message_have_no_prompt():
+    problem = tokenize_pair(pair(None, user("1") + answer("a"), user("2") + answer("b")), TOY, 99)["problem"]
+    assert "the prompt is empty" in problem or "share" in problem
 
 
 @pytest.mark.parametrize("prompt", ["", "a</s>"])
@@ -490,7 +483,7 @@ def test_dropped_pairs_are_counted_and_the_others_keep_what_is_theirs(tmp_path, 
     train, _ = load(write(tmp_path / "pairs.jsonl", rows), max_length=8)
     assert train.raw["answer"][:] == ["answer 2", "answer 6"]
     assert train.tokens["prompt"][:] == [ids("2"), ids("4")] and train.lengths.tolist() == [[1, 2, 2]] * 2
-    assert dict(re.findall(r"(\d of 8) training .*dropped: (.*)", capsys.readouterr().out)) == {
+    assert dict(re.findall(r"(\d of 8) rows .* dropped: (.*)", capsys.readouterr().out)) == {
         "3 of 8": "a completion is empty",
         "2 of 8": "the completions are identical",
         "1 of 8": "the prompt leaves no room for a completion in max_length 8",
@@ -504,7 +497,7 @@ def test_a_thousand_dropped_pairs_do_not_hide_the_next(tmp_path):
 
 ONE, CHAT = pair("1", "one", "two"), pair(user("1"), answer("one"), answer("two"))
 ERRORS = {  # a row or the content of a file, what the message has to say
-    "all dropped": (ONE | {"chosen": ""}, "no training"),
+    "all dropped": (ONE | {"chosen": ""}, "no rows of the train split are left: a completion is empty"),
     "no column": ({"question": "1", "chosen": "a"}, "question, chosen"),
     "no template": (CHAT, "chat template"),
     "no template for the prompts": (CHAT | {"chosen": "a", "rejected": "b"}, "chat template"),
@@ -512,12 +505,16 @@ ERRORS = {  # a row or the content of a file, what the message has to say
     "no file": (None, "pairs.jsonl"),
     "no content": ("", "pairs.jsonl: ."),
     "malformed": ('{"prompt": "1", "cho', "JSON"),
-    "numbers": (ONE | {"chosen": 1, "rejected": 2}, "chosen.*text"),
-    "dates": (ONE | {"chosen": "2020-01-01", "rejected": "2020-01-02"}, "chosen.*text"),
-    "lists of numbers": (ONE | {"chosen": [1, 2], "rejected": [1]}, "chosen.*lists of ints, not texts"),
-    "lists of texts": (ONE | {"chosen": ["a"], "rejected": ["b"]}, "chosen.*lists of strs, not texts"),
-    "parts": (ONE | {"prompt": [{"type": "text", "text": "a"}]}, "prompt.*lists of dicts, not texts"),
-    "prompts that are numbers": (ONE | {"prompt": 1}, "prompt.*text"),
+    "numbers": (ONE | {"chosen": 1, "rejected": 2}, "the train split: .* is [12], not a text or messages"),
+    "dates": (ONE | {"chosen": "2020-01-01", "rejected": "2020-01-02"}, "the train split: .* not a text"),
+    "lists": (ONE | {"chosen": [1, 2], "rejected": [1]}, "the train split: .* is \\[1.*\\], not a text"),
+    "lists of texts": (ONE | {"chosen": ["a"], "rejected": ["a"]}, "the train split: .* is \\['a'\\], not a"),
+    "lists, in two processes": (
+        [ONE | {"chosen": [1]}] * 2,
+        "the train split: chosen is \\[1\\], not a text",
+    ),
+    "parts": (ONE | {"prompt": [{"type": "text", "text": "a"}]}, "no rows of the train split are left"),
+    "prompts that are numbers": (ONE | {"prompt": 1}, "the train split: prompt is 1, not a text or messages"),
 }
 
 
@@ -529,8 +526,9 @@ def test_errors_are_one_line(error, tmp_path):
         tok.chat_template = None
     if content is not None:
         path.write_text(content if isinstance(content, str) else json.dumps(content))
+    split, processes = "validation" if "split" in error else "train", 2 if "processes" in error else None
     with pytest.raises(SystemExit) as stop:
-        load(path, tok, dataset_train_split="validation" if "split" in error else "train")
+        load(path, tok, dataset_train_split=split, dataset_num_proc=processes)
     assert re.fullmatch(f"error: .*{says}.*", str(stop.value))
 
 
@@ -574,11 +572,15 @@ def test_whatever_the_data_are_rows_are_kept_whole_or_dropped_and_counted(tmp_pa
         try:
             train, _ = load(path, tok, max_length=10**6)
         except SystemExit as stop:
-            says = "cannot load the dataset .*: .*surrogate" if broken else "no training rows are left"
+            says = (
+                "cannot load the dataset .*: .*surrogate"
+                if broken
+                else "no rows of the train split are left: "
+            )
             assert re.fullmatch(f"error: {says}.*", str(stop))
             return
     assert not broken
-    dropped = sum(map(int, re.findall(r"(\d+) of \d+ training rows dropped", said.getvalue())))
+    dropped = sum(map(int, re.findall(r"(\d+) of \d+ rows of the train split dropped", said.getvalue())))
     assert len(train.tokens) == len(data) - dropped
     kept = [row for row in data if not tokenize_pair(row, tok, 10**6)["problem"]]
     for row, tokens in zip(kept, train.tokens, strict=True):
@@ -601,7 +603,7 @@ def test_what_a_template_refuses_is_dropped(tmp_path, capsys):
     tok = tokenizer("toy", refuses + TOY.chat_template)
     rows = [CHAT, CHAT | {"prompt": user("1") + answer("a") + user("2")}]
     assert len(load(write(tmp_path / "pairs.jsonl", rows), tok)[0].tokens) == 1
-    assert re.search("1 of 2 training .*dropped: .*too long", capsys.readouterr().out)
+    assert re.search("1 of 2 rows .* dropped: .*too long", capsys.readouterr().out)
 
 
 def test_tokens_are_not_those_of_an_earlier_run_with_other_arguments_or_code(tmp_path, monkeypatch):
@@ -644,12 +646,6 @@ def test_an_epoch_has_no_row_twice_and_batches_are_sorted(n, size, epochs, seed)
     for epoch in run.reshape(epochs, -1):
         assert len({*epoch}) == len(epoch) and {*epoch} <= {*range(n)}
     assert (np.diff(some_lengths(n).sum(1)[run], axis=1) >= 0).all()
-
-
-def test_short_rows_come_first():
-    lengths = some_lengths(30)
-    rows = by_length(Data(None, None, lengths))
-    assert sorted(rows) == [*range(30)] and (np.diff(lengths.sum(1)[rows]) >= 0).all()
 
 
 STEPS = [(59, 1, 5), (59, 0.5, 3), (59, 2.2, 11), (59, 0.01, 1), (500, 1.1, 55)]

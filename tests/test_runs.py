@@ -148,6 +148,7 @@ def test_a_reference_is_in_the_dtype_of_the_computation_unless_it_is_updated(bf1
 
 SUMS = """
 import sys
+from types import SimpleNamespace
 import torch
 import torch.distributed as dist
 import common
@@ -155,10 +156,11 @@ import common
 dist.init_process_group("gloo")
 with open(f"{sys.argv[1]}/{dist.get_rank()}", "w") as file:
     for names in (["a", "b"], ["b", "a"], ["a"], ["a", "c"]):
-        names = names if dist.get_rank() else ["a", "b"]
-        values = {name: torch.tensor(i + 1.5) for i, name in enumerate(names)}
+        log = SimpleNamespace(shares={}, signals=[], device=torch.device("cpu"))
+        for i, name in enumerate(names if dist.get_rank() else ["a", "b"]):
+            common.Log.add(log, {name: i + 1.5})
         try:
-            print(common.all_reduce(values, torch.device("cpu")), file=file)
+            print(common.Log.all_reduce(log), file=file)
         except SystemExit as stop:
             print(stop, file=file)
 dist.destroy_process_group()
@@ -170,7 +172,10 @@ def test_processes_that_log_different_metrics_fail_and_say_so(tmp_path):
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     command = [sys.executable, *torchrun, str(tmp_path / "sums.py"), str(tmp_path)]
     subprocess.run(command, env=environment() | {"PYTHONPATH": str(ROOT)}, timeout=120, check=True)
-    sums, fails = "{'a': 3.0, 'b': 5.0}", "error: the processes log different metrics; this one: "
-    assert (tmp_path / "0").read_text().splitlines() == [sums, *[f"{fails}a, b"] * 3]
-    said = [f"{fails}{names}" for names in ("b, a", "a", "a, c")]
-    assert (tmp_path / "1").read_text().splitlines() == [sums, *said]
+    first, second = ((tmp_path / rank).read_text().splitlines() for rank in "01")
+    assert first[0] == second[0] == "({'a': 3.0, 'b': 5.0}, False)"
+    said = [
+        f"error: processes log different metrics: a, b, interrupted and {names}interrupted"
+        for names in ("b, a, ", "a, ", "a, c, ")
+    ]
+    assert first[1:] == said and second[1:] == ["1"] * 3  # the first process of a machine says it

@@ -58,18 +58,15 @@ def shard_sizes(config, gpus: int) -> tuple[int, int, int]:
 def activations(config, pairs: int, lengths: tuple, dtype: torch.dtype) -> tuple[float, float, int]:
     """Bytes that the backward pass needs: of a layer, of what is outside layers; and of a layer's input."""
     rng = np.random.default_rng(0)
-    batch = common.pack(
-        [tuple(rng.integers(1, 999, n) for n in lengths) for _ in range(pairs)],
-        torch.device("cpu"),
-        step_pairs=pairs,
-    )
+    examples = [tuple(rng.integers(1, 999, n).tolist() for n in lengths) for _ in range(pairs)]
+    batch = common.collate(examples, torch.device("cpu"), global_pairs=pairs)
     found = []
     for layers in (1, 2):
         few = type(config)(**config.to_dict() | {"num_hidden_layers": layers, "layer_types": None})
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(few, dtype=dtype)
         model.to_empty(device="cpu")
-        model.packed, model.balancing_loss = True, None
+        model.forward_pass = "packed"
         model.set_attn_implementation("packed")
         weights, saved = {p.untyped_storage().data_ptr() for p in model.parameters()}, {}
 
@@ -83,10 +80,10 @@ def activations(config, pairs: int, lengths: tuple, dtype: torch.dtype) -> tuple
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            common.score(model, batch)
+            common.token_logps(model, batch)
         found.append(sum(size for size, _ in saved.values()))
         del model, saved
-    tokens, width = batch.input_ids.numel(), torch.finfo(dtype).bits // 8
+    tokens, width = batch.packed_inputs["input_ids"].numel(), torch.finfo(dtype).bits // 8
     return found[1] - found[0], 2 * found[0] - found[1], tokens * config.hidden_size * width
 
 

@@ -134,7 +134,7 @@ class Contestant:
             def reference_logps(batch: common.Batch) -> torch.Tensor:
                 return table[batch.rows]
 
-        rows = common.by_length(data)
+        rows = lengths.sum(1).argsort(kind="stable")
 
         def losses():
             for batch in common.micro_batches(data, rows, self.size, device):
@@ -142,7 +142,7 @@ class Contestant:
                     wins = torch.from_numpy(batch.rows % 2 == 0).to(device)
                     yield xpo.loss_and_metrics(self.model, reference, batch, wins, args, epoch=0)[0]
                 elif script is dpo:
-                    yield dpo.loss_and_metrics(self.model, reference_logps, batch, args, 0.0)[0]
+                    yield dpo.loss_and_metrics(self.model, reference_logps, batch, args, torch.zeros(2))[0]
                 else:
                     yield script.loss_and_metrics(self.model, batch, args)[0]
 
