@@ -55,7 +55,7 @@ def alphapo_loss(
 
 
 class PowerDifference(torch.autograd.Function):
-    """β (e^(-αy) - e^(-αx))/α of x and y, all (B,): without inf - inf, and in the gradient without 0·inf."""
+    """β (e^(-αy) - e^(-αx))/α of x and y, all (B,), safe against overflow in value and gradient."""
 
     @staticmethod
     def forward(ctx, x: Tensor, y: Tensor, alpha: float, beta: float) -> Tensor:
@@ -71,7 +71,7 @@ class PowerDifference(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        def times_slope(t: Tensor) -> Tensor:  # d/dt of -β e^(-αt)/α, unless the loss is flat there
+        def times_slope(t: Tensor) -> Tensor:  # d/dt of -β e^(-αt)/α; 0 where no gradient arrives
             return torch.where(grad == 0, grad, grad * (math.log(ctx.beta) - ctx.alpha * t).exp())
 
         x, y = ctx.saved_tensors
@@ -88,10 +88,10 @@ def log_odds(logps: Tensor) -> Tensor:
 
 
 def loss_and_metrics(policy, batch: Batch, args: Arguments) -> tuple[Tensor, dict]:
-    """This micro-batch's additive share of the global-batch mean loss and metrics.
+    """What this micro-batch adds to the global batch's mean loss and metrics.
 
-    A share is a sum over pairs, divided by their number in the global batch. So neither loss nor
-    gradient depends on how a batch is split over processes and micro-batches.
+    That is a sum over its pairs, divided by their number in the global batch. So neither loss nor gradient
+    depends on how a batch is split over processes and micro-batches.
     """
     token_logps = policy.token_logps(batch)  # (2B, L): log π of each token of an answer
     logps = token_logps.sum(1).view(-1, 2)  # (B, 2): chosen, rejected
@@ -142,7 +142,7 @@ def main(args: Arguments) -> None:
     rank, world, device = common.start(args)
     tokenizer = common.load_tokenizer(args.model_name_or_path, args)
     train, test = common.load_data(args, tokenizer)
-    # All processes know all batches of the run: row numbers, (steps, batch_size).
+    # The row numbers of all batches, (steps, batch_size), are the same on all processes.
     batches = common.global_batches(train, args)
     policy = common.load_model(args.model_name_or_path, args, device, trainable=True)
     optimizer = common.adamw(policy, args)
@@ -157,7 +157,7 @@ def main(args: Arguments) -> None:
         lr = common.set_learning_rate(optimizer, step, len(batches), args)
         for batch in common.micro_batches(train, batches[step], args.per_device_train_batch_size, device):
             loss, metrics = loss_and_metrics(policy, batch, args)
-            (loss * world).backward()  # fully_shard averages gradients over processes; shares are to be added
+            (loss * world).backward()  # fully_shard averages gradients over processes; the sum is needed
             log.add(metrics)
         norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), args.max_grad_norm)
         grad_norm = norm.full_tensor().item()  # of the whole gradient, the same on all processes
@@ -200,5 +200,5 @@ class Arguments(common.Arguments):
 
 
 if __name__ == "__main__":
-    # So small a model takes a far larger learning rate than one of billions of parameters.
+    # The model of the built-in example is tiny and needs a larger learning rate.
     main(common.parse(Arguments, learning_rate=3e-5))

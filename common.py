@@ -1,8 +1,7 @@
 """What the scripts share. Each script has its own losses, its own training step and its own training loop.
 
 To understand a training step, read the first section: the batch, and log π of every token in it. The second
-section computes the same numbers faster. The others are batches, data, processes, models, generation, log,
-checkpoints and arguments.
+section computes the same numbers faster. xpo.py also needs the sections on data and generation.
 """
 
 from __future__ import annotations
@@ -44,6 +43,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.nn.utils.rnn import pad_sequence
+from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, AutoModelForCausalLM
@@ -58,7 +58,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 class Batch:
     """B prompts, each with a chosen and a rejected completion, as 2B rows of tokens, padded on the right.
 
-    A label is the token that follows its place. Two pairs, with prompts p and q, chosen completions c,
+    labels[i, j] is the token after input_ids[i, j]. Two pairs, with prompts p and q, chosen completions c,
     rejected completions r, and dots for padding:
 
         input_ids    p1 p2 c1 c2        labels    p2 c1 c2 c3        completions    .  x  x  x
@@ -77,43 +77,41 @@ class Batch:
     # The same for the fast forward pass, which `pack` explains:
     packed_inputs: dict[str, Tensor]
     spans: list[list[int]]
-    sources: Tensor
-    places: Tensor
+    packed_index: Tensor
+    padded_index: Tensor
     global_pairs: int  # pairs in the global batch, of which this batch is a part
     global_tokens: dict[str, int] | None = None  # tokens in the global batch: of prompts, chosen, rejected
     rows: np.ndarray | None = None  # (B,) row numbers of the pairs in the dataset
 
 
 def plain_token_logps(model, batch: Batch) -> Tensor:
-    """The definition: log π(label | all tokens before it), (2B, L), and 0 where none is wanted."""
+    """The definition: log π(label | all tokens before it), (2B, L), and 0 where `scored` is false."""
     logits = model(**batch.inputs, use_cache=False).logits  # (2B, L, V)
-    logps = logits.float().log_softmax(-1)
-    logps = logps.gather(-1, batch.labels.unsqueeze(-1)).squeeze(-1)  # (2B, L)
-    return torch.where(batch.scored, logps, 0.0)
+    return torch.where(batch.scored, label_logps(logits, batch.labels), 0.0)
 
 
 def label_logps(logits: Tensor, labels: Tensor) -> Tensor:
-    """log π(label), (N,), of logits (N, V), in float32 or better."""
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return logits.log_softmax(-1).gather(-1, labels.unsqueeze(-1)).squeeze(-1)
+    """log π(label), (...), from logits (..., V), in float32 or better."""
+    logps = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)  # (..., V)
+    return logps.gather(-1, labels.unsqueeze(-1)).squeeze(-1)
 
 
-# Tokens that go through the head at a time; fewer if that would be more logits than CHUNK_LOGITS.
+# At most so many tokens, and so many logits, go through the head at once.
 CHUNK_TOKENS, CHUNK_LOGITS = 1024, 2**26
 
 
 def token_logps(model, batch: Batch, *, of: Callable[[Tensor, Tensor], Tensor] = label_logps) -> Tensor:
     """What plain_token_logps returns, for less time and memory. Scripts call it as model.token_logps(batch).
 
-    It saves the padding and the second pass over each prompt (next section), and never keeps the logits of
-    the whole batch: the head is applied to one chunk of tokens at a time, and again in the backward pass.
-    `of` computes what is wanted from logits (N, V) and labels (N,): (N,), or (N, k) for a result (2B, L, k).
+    The packed forward pass saves the padding and the second pass over each prompt (next section), and does
+    not keep the logits: it applies the head to one chunk of tokens at a time, and again in the backward pass.
+    `of` is the function of logits (N, V) and labels (N,) that is wanted: (N,), or (N, k) for (2B, L, k).
     """
-    rows, columns = batch.places  # of the N labels that are scored
+    rows, columns = batch.padded_index  # of the N labels that are scored
     if model.forward_pass == "packed":
         outputs = model.get_decoder()(**batch.packed_inputs, spans=batch.spans, use_cache=False)
-        hidden, head = outputs.last_hidden_state[0, batch.sources], partial(logits_of, model)  # (N, D)
-    else:  # padded. Not model(...), because FSDP has gathered the weights for this function already
+        hidden, head = outputs.last_hidden_state[0, batch.packed_index], partial(logits_of, model)  # (N, D)
+    else:  # padded. model.forward, not model(...): FSDP's hooks have already run for this method
         outputs = model.forward(**batch.inputs, use_cache=False)
         hidden, head = outputs.logits[rows, columns], lambda logits: logits
         model.router_loss = outputs.get("aux_loss")
@@ -142,32 +140,28 @@ def logits_of(model, hidden: Tensor) -> Tensor:
 
 def collate(examples: list[tuple], device: torch.device, *, score_prompts: bool = False, **counts) -> Batch:
     """A Batch of examples (prompt, chosen, rejected) of token ids; `counts` are its last fields."""
-    # A process without examples passes one token through the model, because sharded models run in step. The
-    # token is an input only: it has no label, and adds nothing to losses and metrics.
+    # All processes must run a sharded model equally often. One without examples feeds it a token that has no
+    # label, and so adds nothing to losses and metrics.
     inputs = examples or [([0], [0])]
-    pairs = [(prompt, y) for prompt, *completions in inputs for y in completions]
-    sequences = [torch.tensor([*prompt, *y]) for prompt, y in pairs]
-    tokens = pad_sequence(sequences, batch_first=True)  # (2B, L + 1)
-    prompt_ends = torch.tensor([[len(prompt)] for prompt, _ in pairs])  # (2B, 1)
-    ends = prompt_ends + torch.tensor([[len(y)] for _, y in pairs])
+    sequences = [(prompt, y) for prompt, *completions in inputs for y in completions]
+    tokens = [torch.tensor([*prompt, *y]) for prompt, y in sequences]
+    tokens = pad_sequence(tokens, batch_first=True)  # (2B, L + 1)
+    prompt_ends = torch.tensor([[len(prompt)] for prompt, _ in sequences])  # (2B, 1)
+    ends = prompt_ends + torch.tensor([[len(y)] for _, y in sequences])
     label_column = torch.arange(1, tokens.shape[1])
     has_label = label_column < ends  # (2B, L)
     completions = has_label & (label_column >= prompt_ends)
     scored = completions.clone()
     if score_prompts:  # once for each prompt, in its first row
         scored[:: len(inputs[0]) - 1] = has_label[:: len(inputs[0]) - 1]
-    labeled = slice(len(pairs) if examples else 0)
+    labeled = slice(len(sequences) if examples else 0)
     fields = {"labels": tokens[labeled, 1:], "completions": completions[labeled], "scored": scored[labeled]}
     fields["inputs"] = {"input_ids": tokens[:, :-1], "attention_mask": has_label.long()}
     fields |= pack(inputs, scored[labeled])
 
-    def to_device(value):
-        if isinstance(value, dict):
-            return {name: to_device(part) for name, part in value.items()}
-        is_copied = device.type == "cuda" and isinstance(value, Tensor)  # without making the host wait
-        return value.pin_memory().to(device, non_blocking=True) if is_copied else value
-
-    return Batch(**to_device(fields), **counts)
+    if device.type == "cuda":  # without making the host wait
+        fields = tree_map_only(Tensor, lambda x: x.pin_memory().to(device, non_blocking=True), fields)
+    return Batch(**fields, **counts)
 
 
 # -------------------------------------------------------------------------------------- the fast forward pass
@@ -191,22 +185,22 @@ def pack(examples: list[tuple], scored: Tensor) -> dict:
             ids += completion[:-1]
             positions += range(len(prompt), len(prompt) + len(completion) - 1)
             spans[-1].append(end)
-    # The mask is not used; from None, transformers would make one of T * T entries.
+    # A mask that is ignored: given None, transformers would make one of T * T entries.
     inputs = {"input_ids": ids, "position_ids": positions, "attention_mask": [[[True]]]}
     places = pad_sequence(places, batch_first=True)  # (2B, L): where in the row the tokens of a batch are
     return {
         "packed_inputs": {name: torch.tensor([value]) for name, value in inputs.items()},  # (1, T)
         "spans": spans,  # of each pair: where in the row its prompt, chosen and rejected begin, and the end
-        "sources": places[: len(scored)][scored],  # (N,) places in the row whose outputs predict the labels
-        "places": scored.nonzero().T,  # (2, N) rows and columns of these labels in the batch
+        "packed_index": places[: len(scored)][scored],  # (N,) places in the row that predict these labels
+        "padded_index": scored.nonzero().T,  # (2, N) rows and columns of these labels in the batch
     }
 
 
 def packed_attention(module, query, key, value, mask, *, spans=None, **options):
     """An attention function for transformers: q, k, v (1, heads, T, size) -> (1, T, heads, size).
 
-    Each completion sees its prompt and itself. Prompt and chosen completion lie side by side in the row; the
-    rejected one is put behind a copy of its prompt. Both are causal, so that the kernel needs no mask.
+    A completion attends to its prompt and to itself. Prompt and chosen completion are one causal call. A copy
+    of the prompt and the rejected completion are another one, of which only the completion's part is kept.
     """
     if spans is None:  # an ordinary call, such as one from generate()
         return sdpa_attention_forward(module, query, key, value, mask, **options)
@@ -264,7 +258,7 @@ def choose_forward_pass(model) -> None:
 def global_batches(data: Data, args: Arguments) -> np.ndarray:
     """The row numbers of all global batches of the run, (steps, batch_size): a function of seed and epoch.
 
-    A batch is a random sample, sorted by length. Rows that do not fill a batch wait for another epoch.
+    A batch is a random sample, sorted by length. Rows left over at the end of an epoch are not used.
     """
     rows, size, epochs = len(data.lengths), args.batch_size, []
     if not (per_epoch := rows // size):
@@ -279,14 +273,14 @@ def global_batches(data: Data, args: Arguments) -> np.ndarray:
 
 
 def micro_batches(data: Data, rows: np.ndarray, size: int, device: torch.device) -> Iterator[Batch]:
-    """This process's part of a global batch, `size` rows at a time; equally often on all processes."""
+    """This process's part of a global batch, `size` rows at a time: equally many batches on all processes."""
     rank, world = dist.get_rank(), dist.get_world_size()
     mine = rows[rank::world]  # neighbours have similar lengths: every process gets some of each length
-    tokens = dict(zip(data.tokens.column_names, data.lengths[rows].sum(0).tolist(), strict=True))
+    token_counts = dict(zip(data.tokens.column_names, data.lengths[rows].sum(0).tolist(), strict=True))
     for start in range(0, math.ceil(len(rows) / world), size):
         part = mine[start : start + size]
         examples = list(zip(*data.tokens[part].values(), strict=True)) if len(part) else []
-        counts = {"rows": part, "global_pairs": len(rows), "global_tokens": tokens}
+        counts = {"rows": part, "global_pairs": len(rows), "global_tokens": token_counts}
         yield collate(examples, device, score_prompts=data.score_prompts, **counts)
 
 
@@ -312,10 +306,8 @@ def load_data(args: Arguments, tokenizer, completions=("chosen", "rejected"), *,
     """
     path, columns = Path(args.dataset_name), ("prompt", *completions)
     kind = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}.get(path.suffix)
-    if kind and not path.is_file():
-        fail(f"there is no file {path}")
     options = {"data_files": glob.escape(str(path))} if kind else {"name": args.dataset_config}
-    if kind == "csv":  # these columns hold texts, even where they look like numbers, or like nothing
+    if kind == "csv":  # read these columns as texts: 007 and null stay as written
         texts = dict.fromkeys((*columns, "chosen", "rejected", "answer"), str)
         options |= {"converters": texts, "keep_default_na": False}
     with one_line(f"cannot load the dataset {args.dataset_name}"):
@@ -328,10 +320,9 @@ def load_data(args: Arguments, tokenizer, completions=("chosen", "rejected"), *,
     data = [tokenize_split(splits[name], name, args, tokenizer, columns, score_prompts) for name in names]
     example = {name: tokenizer.decode(ids) for name, ids in data[0].tokens[0].items()}
     say("the first row: " + " ".join(f"{name}【{text}】" for name, text in example.items()))
-    digest = hashlib.sha256()
+    digest = hashlib.sha256(b"".join(split.lengths.tobytes() for split in data))
     for column in [split.tokens.data.column(name) for split in data for name in columns]:
         for chunk in column.chunks:
-            digest.update(chunk.offsets.to_numpy())
             digest.update(chunk.flatten().to_numpy())
     args.data_digest = digest.hexdigest()[:12]  # a run resumes with the tokens it began with
     return (*data, None)[:2]
@@ -346,26 +337,28 @@ def tokenize_split(raw, name: str, args: Arguments, tokenizer, columns: tuple, s
     options = dict(tokenizer=tokenizer, completions=completions, max_length=args.max_length, room=room)
     features = dict.fromkeys(columns, datasets.List(datasets.Value("int32")))
     features |= {"problem": datasets.Value("string"), "straddles": datasets.Value("bool")}
-    how = dict(features=datasets.Features(features), remove_columns=raw.column_names)
+    map_options = dict(features=datasets.Features(features), remove_columns=raw.column_names)
     # The default fingerprint of `map` does not see that the code of a function has changed.
     code = Path(__file__).read_text() if Path(__file__).is_file() else ""
-    how |= dict(new_fingerprint=Hasher.hash([raw._fingerprint, code, [*options.values()]]))
+    map_options |= dict(new_fingerprint=Hasher.hash([raw._fingerprint, code, [*options.values()]]))
     is_first = int(os.environ.get("LOCAL_RANK", 0)) == 0
     if not is_first:  # wait for the first process of this machine, then find its work in the cache
         dist.barrier()
     with one_line(f"the {name} split"):
-        tokens = raw.map(tokenize, fn_kwargs=options, num_proc=args.dataset_num_proc, **how)
+        tokens = raw.map(tokenize, fn_kwargs=options, num_proc=args.dataset_num_proc, **map_options)
     if is_first:
         dist.barrier()
 
-    problems, problem = tokens.data.column("problem"), {"values": "it is empty"}
-    for problem in problems.filter(pc.not_equal(problems, "")).value_counts().to_pylist():
+    problems = tokens.data.column("problem")
+    found = problems.filter(pc.not_equal(problems, "")).value_counts().to_pylist()
+    for problem in found:
         say(f"{problem['counts']} of {len(raw)} rows of the {name} split dropped: {problem['values']}")
     if straddling := pc.sum(tokens.data.column("straddles")).as_py():
         say(f"in {straddling} rows a token spans prompt and completion: it counts as completion")
     kept = np.flatnonzero(pc.equal(problems, ""))
     if not len(kept):
-        fail(f"no rows of the {name} split are left: {problem['values']}")
+        most = max(found, key=lambda problem: problem["counts"], default={"values": "it is empty"})
+        fail(f"no rows of the {name} split are left: {most['values']}")
     lengths = [pc.list_value_length(tokens.data[column]).to_numpy()[kept] for column in columns]
     means = ", ".join(f"{column} {n.mean():.0f}" for column, n in zip(columns, lengths, strict=True))
     say(f"{len(kept)} rows in the {name} split; tokens on average: {means}")
@@ -376,7 +369,7 @@ def tokenize_split(raw, name: str, args: Arguments, tokenizer, columns: tuple, s
 def tokenize(row: dict, tokenizer, completions: list[str], max_length: int, room: int) -> dict:
     """Token ids of a row's `prompt` and completions, or the `problem` that rules the row out.
 
-    Completions are cut at the end, at max_length. The prompt is never cut, and leaves `room`.
+    Completions are cut at max_length. A row whose prompt leaves less than `room` for them is dropped.
     """
     result = {name: [] for name in ("prompt", *completions)} | {"problem": "", "straddles": False}
     for name in {"prompt", "chosen", "rejected", *completions} & {*row}:
@@ -387,24 +380,27 @@ def tokenize(row: dict, tokenizer, completions: list[str], max_length: int, room
         return result | {"problem": "a completion is empty"}
     try:
         prompt, *answers = split_prompt(row, completions)
-        answers = answers[: len(completions)]  # a method that samples its completions takes none of the row's
-        if any(isinstance(y, list) and all(m["role"] != "assistant" for m in y) for y in answers):
-            return result | {"problem": "a completion has no message of the assistant"}
-        turns = [turn for y in answers for turn in ([{"content": y}] if isinstance(y, str) else y[-1:])]
-        if not all(turn.get("content") or turn.get("tool_calls") for turn in turns):
+        answers = answers[: len(completions)]  # a method that samples has no completions
+        if prompt == [] or not (prompt or completions):
+            raise ValueError("there is no prompt")
+        last_turns = [{"content": y} if isinstance(y, str) else y[-1] for y in answers]
+        if not all(turn.get("content") or turn.get("tool_calls") for turn in last_turns):
             return result | {"problem": "a completion is empty"}
-        alone, whole = encode(tokenizer, prompt or ""), [encode(tokenizer, prompt or "", y) for y in answers]
-    except Exception as error:  # a message without a role, or whatever a template was not written for
-        return result | {"problem": f"the chat template refuses it: {first_line(error)}"}
-    # Of messages, only the template may make special tokens: an <|im_end|> in a text would end the turn.
+        if any(isinstance(y, list) and all(turn["role"] != "assistant" for turn in y) for y in answers):
+            raise ValueError("a completion has no message of the assistant")
+        prompt_ids = encode(tokenizer, prompt or "")
+        whole = [encode(tokenizer, prompt or "", y) for y in answers]
+    except Exception as error:  # also of a chat template
+        return result | {"problem": f"it cannot be tokenized: {first_line(error)}"}
+    # In messages, only the template may write special tokens: an <|im_end|> in a text would end its turn.
     text = json.dumps([prompt, answers], ensure_ascii=False, default=str) if isinstance(prompt, list) else ""
     if any(token.special and token.content in text for token in tokenizer.added_tokens_decoder.values()):
         return result | {"problem": "the text of a message spells a special token"}
     # A token may span prompt and completion, or depend on what follows: the prompt is what all begin with.
-    shared = min([len(alone), *(shared_length(alone, ids) for ids in whole)])
-    prompt, answers = alone[:shared], [ids[shared:] for ids in whole]
+    shared = min([len(prompt_ids), *(shared_length(prompt_ids, ids) for ids in whole)])
+    prompt, answers = prompt_ids[:shared], [ids[shared:] for ids in whole]
     if not prompt and (not completions or tokenizer.bos_token_id is None):
-        return result | {"problem": "the prompt is empty, and no BOS token stands for it"}
+        return result | {"problem": "the prompt has no tokens"}
     prompt = prompt or [tokenizer.bos_token_id]  # something has to predict a completion's first token
     if len(prompt) + room > max_length:
         return result | {"problem": f"the prompt leaves no room for a completion in max_length {max_length}"}
@@ -414,7 +410,7 @@ def tokenize(row: dict, tokenizer, completions: list[str], max_length: int, room
     if len(answers) == 2 and answers[0] == answers[1]:
         return result | {"problem": "the completions are identical"}
     ids = dict(zip(completions, answers, strict=True))
-    return result | ids | {"prompt": prompt, "straddles": shared < len(alone)}
+    return result | ids | {"prompt": prompt, "straddles": shared < len(prompt_ids)}
 
 
 def split_prompt(row: dict, completions: list[str] | None = None) -> list:
@@ -474,7 +470,7 @@ def encode(tokenizer, prompt, completion=None, *, ended: bool = True) -> list[in
 
 
 def fail(message: str, *, alone: bool = False) -> NoReturn:
-    """End the program with one line from the first process of a machine, or, `alone`, from this one."""
+    """Exit with a line on stderr from the first process of each machine, or, `alone`, from this one."""
     if "--traceback" in sys.argv:
         raise RuntimeError(message)
     raise SystemExit(f"error: {message}" if alone or os.environ.get("LOCAL_RANK", "0") == "0" else 1)
@@ -482,7 +478,7 @@ def fail(message: str, *, alone: bool = False) -> NoReturn:
 
 @contextmanager
 def one_line(what: str) -> Iterator[None]:
-    """Let any exception of the block end the program with one line: `what`, and what the exception says."""
+    """Turn an exception in the block into fail(what: ...)."""
     try:
         yield
     except (Exception, CheckpointException) as error:  # the latter is no Exception
@@ -490,7 +486,7 @@ def one_line(what: str) -> Iterator[None]:
 
 
 def first_line(error: BaseException) -> str:
-    """What an exception says; of one that dcp has collected from the processes, the first."""
+    """The first line of an exception; of a CheckpointException, that of its first failure."""
     if isinstance(error, CheckpointException):
         error = next(iter(error.failures.values()))[0]
     return str(error).strip().split("\n")[0] or type(error).__name__
@@ -523,12 +519,12 @@ def start(args: Arguments) -> tuple[int, int, torch.device]:
         with one_line("--push_to_hub"):  # fail now, not after training, if nothing could be uploaded
             huggingface_hub.HfApi().whoami()
 
-    # Others wait while the first process tokenizes: for longer than the default of some minutes.
+    # The others wait while the first process tokenizes, perhaps for longer than the default timeout.
     timeout = timedelta(hours=2)
     store = next(dist.rendezvous("env://", timeout=timeout))[0] if "RANK" in os.environ else dist.HashStore()
     if os.environ.get("LOCAL_WORLD_SIZE") == str(world):
         # torchrun restarts processes with a store that still has the addresses of the dead ones. (On several
-        # nodes it counts restarts apart: there, TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 makes a new store.)
+        # nodes, each counts its own restarts: there, TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 makes a new store.)
         store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"  # gloo for Python objects
     dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
@@ -542,9 +538,9 @@ def start(args: Arguments) -> tuple[int, int, torch.device]:
 
 
 def from_pretrained(kind, path: str, args: Arguments, **options):
-    """kind.from_pretrained, which fails in one line."""
+    """kind.from_pretrained, with an error of one line."""
     options["revision"] = args.model_revision if path == args.model_name_or_path else "main"
-    if "dtype" in options and not args.trust_remote_code:  # a model: the other format is a pickle
+    if "dtype" in options and not args.trust_remote_code:  # of weights: refuse pickles
         options["use_safetensors"] = True
     with one_line(f"cannot load {path}"):
         return kind.from_pretrained(path, trust_remote_code=args.trust_remote_code, **options)
@@ -568,7 +564,7 @@ def load_model(path: str, args: Arguments, device: torch.device, *, trainable: b
     """A causal language model, sharded over all processes, with the method `token_logps` of this file.
 
     Dropout is off, so that policy and reference agree exactly before the first step. Weights that are neither
-    trained nor `updated` otherwise have the dtype of the computation.
+    trained nor `updated` in another way are kept in bfloat16 if args.bf16 says to compute in it.
     """
     config = from_pretrained(AutoConfig, path, args).to_dict()
     dropout = {name: value for name, value in config.items() if "drop" in name and isinstance(value, float)}
@@ -590,7 +586,7 @@ def load_model(path: str, args: Arguments, device: torch.device, *, trainable: b
 
 
 def shard(model, args: Arguments, device: torch.device, *, reshard_after_forward: bool):
-    """Spread weights over all processes. A layer is gathered while it computes, the rest for a whole pass."""
+    """Spread weights over all processes. Layers are gathered one at a time, the others for the whole pass."""
     mesh = dist.init_device_mesh(device.type, (dist.get_world_size(),))
     options = {"param_dtype": torch.bfloat16, "reduce_dtype": torch.float32} if args.bf16 else {}
     # FSDP must not cast the inputs of layers: generate() runs without its hooks and would not cast either.
@@ -632,16 +628,14 @@ def gathered(model, args: Arguments) -> Iterator[bool]:
     dist.all_reduce(fits, op=dist.ReduceOp.MIN)
     parts = [m for m in model.modules() if isinstance(m, FSDPModule)] if fits else []
     hooks = [(part._forward_pre_hooks, part._forward_hooks) for part in parts]
-    try:
-        for part in parts:
-            part.unshard()
-            # Without these hooks, which gather and shard again at every layer of every token.
-            part._forward_pre_hooks, part._forward_hooks = OrderedDict(), OrderedDict()
-        yield bool(fits)
-    finally:
-        for part, (before, after) in zip(parts, hooks, strict=True):
-            part._forward_pre_hooks, part._forward_hooks = before, after
-            part.reshard()
+    for part in parts:
+        part.unshard()
+        # Remove the hooks that would gather and shard the weights again at every layer of every token.
+        part._forward_pre_hooks, part._forward_hooks = OrderedDict(), OrderedDict()
+    yield bool(fits)
+    for part, (before, after) in zip(parts, hooks, strict=True):
+        part._forward_pre_hooks, part._forward_hooks = before, after
+        part.reshard()
 
 
 def eos_ids(model, tokenizer) -> list[int]:
@@ -661,42 +655,40 @@ def generate(model, tokenizer, prompts: list[list[int]], args: Arguments, **samp
     model.eval()  # in training mode, gradient checkpointing would switch off the cache of keys and values
     completions, size = [], args.per_device_eval_batch_size
     left = {"batch_first": True, "padding_side": "left"}  # so that completions begin in the same column
-    try:
-        with gathered(model, args) as full:
-            for start in range(0, len(prompts), size):
-                part = [torch.tensor(prompt) for prompt in prompts[start : start + size]]
-                ids = pad_sequence(part, padding_value=pad, **left).to(model.device)
-                mask = pad_sequence([torch.ones_like(prompt) for prompt in part], **left).to(model.device)
-                # Weights that are gathered at every token need all processes to generate equally many.
-                output = model.generate(input_ids=ids, attention_mask=mask, synced_gpus=not full)
-                completions += output[:, ids.shape[1] :].tolist()
-    finally:
-        model.train(was_training)
-        model.generation_config = config
+    with gathered(model, args) as full:
+        for start in range(0, len(prompts), size):
+            part = [torch.tensor(prompt) for prompt in prompts[start : start + size]]
+            ids = pad_sequence(part, padding_value=pad, **left).to(model.device)
+            mask = pad_sequence([torch.ones_like(prompt) for prompt in part], **left).to(model.device)
+            # If weights are gathered at every token, all processes must generate equally many.
+            output = model.generate(input_ids=ids, attention_mask=mask, synced_gpus=not full)
+            completions += output[:, ids.shape[1] :].tolist()
+    model.train(was_training)
+    model.generation_config = config
     ends = [next((i + 1 for i, token in enumerate(y) if token in eos), len(y)) for y in completions]
     return [y[:end] for y, end in zip(completions, ends, strict=True)]
 
 
 def complete(policy, tokenizer, test: Data, args: Arguments, step: int) -> tuple[dict, list[dict]]:
-    """(metrics, samples): completions of test prompts, and the share that equals the column `answer`."""
+    """(metrics, samples) of completions of test prompts; metrics if there is a column `answer` to equal."""
     rank, world = dist.get_rank(), dist.get_world_size()
     count = min(args.eval_prompts, len(test.lengths)) // world * world  # equally many on all processes
     if not count:
         return {}, []
     rows = range(rank, count, world)
     prompts = test.tokens[rows]["prompt"]
-    torch.manual_seed(hash((args.seed, step, rank, 1)))  # a training step has three numbers for a seed
+    torch.manual_seed(hash((args.seed, step, rank, 1)))  # four numbers: not the seed of a training step
     columns = {"step": [step] * len(rows)}
     columns["prompt"] = tokenizer.batch_decode(prompts, skip_special_tokens=True)
     for name, options in (("greedy", {"do_sample": False}), ("sampled", {"do_sample": True, "top_k": 0})):
-        answers = generate(policy, tokenizer, prompts, args, **options)
-        columns[name] = decode_answers(tokenizer, prompts, answers)
-    if "answer" not in test.raw.column_names:
-        return {}, gather_rows(columns)
-    samples, metrics = gather_rows(columns | {"answer": test.raw[rows]["answer"]}), {}
-    for metric, name in (("exact_match", "greedy"), ("exact_match_sampled", "sampled")):
-        right = [sample[name].strip() == str(sample["answer"]).strip() for sample in samples]
-        metrics[metric] = sum(right) / count
+        columns[name] = decode_answers(
+            tokenizer, prompts, generate(policy, tokenizer, prompts, args, **options)
+        )
+    has_answers = "answer" in test.raw.column_names
+    samples = gather_rows(columns | ({"answer": test.raw[rows]["answer"]} if has_answers else {}))
+    metrics = {"exact_match": "greedy", "exact_match_sampled": "sampled"} if has_answers else {}
+    for metric, name in metrics.items():
+        metrics[metric] = sum(s[name].strip() == str(s["answer"]).strip() for s in samples) / count
     return metrics, samples
 
 
@@ -709,7 +701,7 @@ def decode_answers(tokenizer, prompts: list[list[int]], answers: list[list[int]]
 
 
 def gather_rows(columns: dict[str, list]) -> list[dict]:
-    """The rows of all processes, of which each has every world-th one, and as many as the others."""
+    """Interleave the rows of all processes, rank::world, to one list."""
     mine = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
     parts = [None] * dist.get_world_size()
     dist.all_gather_object(parts, mine)
@@ -730,7 +722,7 @@ class Log:
     def __init__(self, args: Arguments, first_step: int, steps: int, rows: int, device: torch.device):
         self.args, self.steps, self.rows, self.device = args, steps, rows, device
         self.shares, self.signals = {}, []
-        self.skipped = 0  # steps in a row, because of a gradient that was not finite
+        self.skipped = 0  # consecutive steps skipped because of a gradient that was not finite
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda number, frame: self.signals.append(number))
         self.is_main = dist.get_rank() == 0
@@ -760,11 +752,11 @@ class Log:
         return metrics, metrics.pop("interrupted") > 0
 
     def step(self, step: int, metrics: dict[str, float], tokens: int) -> None:
-        """Write the metrics of a step, with its speed; `tokens` are those of the global batch."""
+        """Write the metrics of a step, with the speed since the line before; `tokens` of the global batch."""
         seconds, self.time = time.perf_counter() - self.time, time.perf_counter()
         self.skipped = 0 if math.isfinite(metrics["grad_norm"]) else self.skipped + 1
         pairs = self.args.batch_size
-        metrics |= {"skipped": float(self.skipped > 0), "epoch": (step + 1) * pairs / self.rows}
+        metrics |= {"skipped": float(self.skipped > 0), "epoch": (step + 1) / (self.rows // pairs)}
         metrics |= {"pairs_per_second": pairs / seconds, "tokens_per_second": float(tokens / seconds)}
         if self.device.type == "cuda":
             metrics["peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
@@ -804,7 +796,7 @@ class Log:
 
 
 def reopen(path: Path, first_step: int) -> TextIO:
-    """A .jsonl file to append to, without the lines that a run resumed at `first_step` writes again."""
+    """Open a file of JSON lines to append to, without those that a run resumed at first_step writes again."""
     lines = path.read_text().split("\n")[:-1] if path.exists() else []  # a line without an end is torn
     rows = [json.loads(line) for line in lines]
     # A step's own line is written before its checkpoint, an evaluation of that step after it.
@@ -815,10 +807,7 @@ def reopen(path: Path, first_step: int) -> TextIO:
 
 def replace_text(path: Path, text: str) -> None:
     """Write a file by an atomic rename: whatever happens, it has its old content or the new."""
-    with path.with_suffix(".tmp").open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
+    path.with_suffix(".tmp").write_text(text)
     path.with_suffix(".tmp").replace(path)
 
 
@@ -835,20 +824,37 @@ def open_tracker(args: Arguments):
 
 # ------------------------------------------------------------------------------------------------ checkpoints
 
-# Flags that may differ on resume. Those in the second line change rounding, and so perhaps what is sampled.
+# Flags that may differ on resume; those in the second line change rounding, and so perhaps what is sampled.
 MAY_CHANGE = """output_dir overwrite_output_dir dataset_num_proc logging_steps report_to run_name
-    per_device_train_batch_size per_device_eval_batch_size gradient_checkpointing
+    per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps gradient_checkpointing
     save_steps save_total_limit push_to_hub hub_model_id traceback""".split()
 # What overwrite_output_dir deletes; run.json last, because it tells that the rest belongs to a run.
 WRITTEN = """checkpoints metrics.jsonl completions.jsonl reference_logps_* events.out.* model*.safetensors
     model.safetensors.index.json run.json""".split()
-LOCKS: dict[str, int] = {}  # open directories; a notebook may start a run again in the same process
+LOCKS: dict[Path, int] = {}  # kept open until the process ends; a notebook may start a run again
 
 
 def write_run(args: Arguments, *, finished: bool) -> None:
     """Write run.json, which says what runs in output_dir. `format` is that of all files of a run."""
-    run = {"format": 2, "finished": finished, "script": Path(sys.argv[0]).name, **asdict(args)}
-    replace_text(Path(args.output_dir, "run.json"), json.dumps(run, indent=2))
+    run = {"format": 2, "finished": finished, "launch": launch(), "script": Path(sys.argv[0]).name}
+    replace_text(Path(args.output_dir, "run.json"), json.dumps(run | asdict(args), indent=2))
+
+
+def launch() -> int | None:
+    """What tells a restart by torchrun from a new command: the process that has started this one."""
+    return os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
+
+
+def changes_since(args: Arguments) -> str:
+    """What forbids to resume the run in output_dir with these arguments and data; "" if nothing does."""
+    old, new = json.loads(Path(args.output_dir, "run.json").read_text()), asdict(args)
+    if old.get("format") != 2:
+        return "one of another version of this program"
+    new["script"] = Path(sys.argv[0]).name
+    if args.data_digest is None:  # before the data are loaded
+        new.pop("data_digest")
+    differ = [name for name in new if name not in MAY_CHANGE and old.get(name) != new[name]]
+    return ", ".join(f"{name} {old.get(name)} (now {new[name]})" for name in differ)
 
 
 def check_output_dir(args: Arguments) -> None:
@@ -861,21 +867,16 @@ def check_output_dir(args: Arguments) -> None:
         fail(f"--output_dir {args.output_dir} has a model, which would be overwritten")
     if args.overwrite_output_dir or not file.exists():
         return
-    old, new = json.loads(file.read_text()), {"script": Path(sys.argv[0]).name, **asdict(args)}
-    unknown = ["data_digest"] if args.data_digest is None else []  # before the data are loaded
-    differ = [name for name in new if name not in MAY_CHANGE + unknown and old.get(name) != new[name]]
-    changes = ", ".join(f"{name} {old.get(name)} (now {new[name]})" for name in differ)
-    if old.get("format") != 2:
-        changes = "one of another version of this program"
-    if changes:
-        fail(f"another run is in {args.output_dir}: {changes}; change --output_dir or --overwrite_output_dir")
-    if old["finished"]:
+    if changes := changes_since(args):
+        way_out = "choose another --output_dir, or --overwrite_output_dir"
+        fail(f"another run is in {args.output_dir}: {changes}; {way_out}")
+    if json.loads(file.read_text())["finished"]:
         say(f"finished already, in {args.output_dir}; --overwrite_output_dir starts anew")
         raise SystemExit(0)
 
 
 def claim_output_dir(args: Arguments) -> None:
-    """Begin or resume a run in output_dir, which other programs then cannot do until this one ends."""
+    """Begin or resume a run in output_dir, and lock it against other programs until this one ends."""
     check_output_dir(args)  # again, because now the data are known
     dist.barrier()
     folder, is_free = Path(args.output_dir), True
@@ -884,20 +885,21 @@ def claim_output_dir(args: Arguments) -> None:
         try:
             LOCKS[folder] = LOCKS.get(folder) or os.open(folder, os.O_RDONLY)
             fcntl.flock(LOCKS[folder], fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:  # of other kinds on file systems without locks
+        except OSError as error:  # other kinds: the file system has no locks
             is_free = not isinstance(error, BlockingIOError)
     if not from_rank_0(is_free):
         fail(f"another run is running in {args.output_dir}")
     if dist.get_rank() == 0:
-        # A restart by torchrun must not delete again.
-        if args.overwrite_output_dir and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
+        file = folder / "run.json"
+        is_restart = launch() and file.exists() and json.loads(file.read_text()).get("launch") == launch()
+        if args.overwrite_output_dir and not is_restart:
             for path in [path for name in WRITTEN for path in folder.glob(name)]:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
         write_run(args, finished=False)
 
 
 def complete_checkpoints(args: Arguments) -> list[Path]:
-    """The checkpoints' directories, oldest first. dcp.save writes .metadata last, so a torn one has none."""
+    """The checkpoints' directories, oldest first. dcp.save writes .metadata last: incomplete ones lack it."""
     return sorted(path.parent for path in Path(args.output_dir, "checkpoints").glob("*/.metadata"))
 
 
@@ -912,17 +914,19 @@ def save_checkpoint(args: Arguments, policy, optimizer, step: int, method_state:
     folder = Path(args.output_dir, "checkpoints", f"{step:08d}")
     free = f"{shutil.disk_usage(args.output_dir).free // 2**20} MiB are free"
     with one_line(f"cannot save a checkpoint after step {step} ({free}); earlier ones are intact"):
+        if dist.get_rank() == 0:  # one that could not be loaded may be there
+            (folder / ".metadata").unlink(missing_ok=True)
         dcp.save(training_state(policy, optimizer, step, method_state), checkpoint_id=folder)
         if dist.get_rank() == 0:
-            kept = complete_checkpoints(args)[-args.save_total_limit :]
+            kept = [path for path in complete_checkpoints(args) if path <= folder][-args.save_total_limit :]
             for old in [path for path in folder.parent.iterdir() if path not in kept]:
                 (old / ".metadata").unlink(missing_ok=True)  # first: half deleted, it must not look complete
                 shutil.rmtree(old)
-        dist.barrier()  # nobody leaves before the checkpoint is complete
+        dist.barrier()  # wait until the checkpoint is complete
 
 
 def resume(args: Arguments, policy, optimizer, method_state: dict) -> int:
-    """Load the newest checkpoint in place, and return how many steps it has behind it; 0 without one."""
+    """Load the newest checkpoint in place, and return its step; 0 without one."""
     checkpoints = from_rank_0(complete_checkpoints(args))
     for folder in reversed(checkpoints):
         state = training_state(policy, optimizer, 0, method_state)
@@ -943,8 +947,8 @@ def resume(args: Arguments, policy, optimizer, method_state: dict) -> int:
 
 
 def stop_interrupted(step: int) -> NoReturn:
-    """End the program after a signal, on all processes at the same point, as if it had been terminated."""
-    say(f"interrupted; step {step} is saved; rerun the same command to resume")
+    """Exit after a signal, on all processes at the same point, with the status of SIGTERM."""
+    say(f"interrupted; step {step} is saved; to resume, rerun the command, without --overwrite_output_dir")
     dist.destroy_process_group()
     raise SystemExit(128 + signal.SIGTERM)
 
@@ -957,14 +961,9 @@ def save_model(args: Arguments, policy, tokenizer) -> None:
         # Tied weights are saved under one name.
         weights = {name: w for name, w in weights.items() if name not in policy.all_tied_weights_keys}
         policy.config.update(policy.original_dropout)
-        policy.save_pretrained(args.output_dir, state_dict=weights)
-        tokenizer.save_pretrained(args.output_dir)
-        if args.push_to_hub:
-            hub, name = huggingface_hub.HfApi(), args.hub_model_id or Path(args.output_dir).name
-            name = hub.create_repo(name, exist_ok=True).repo_id
-            ignored = ["checkpoints/*", "*.npy", "completions.jsonl", "run.json", "tensorboard/*"]
-            hub.upload_folder(repo_id=name, folder_path=args.output_dir, ignore_patterns=ignored)
-            say(f"uploaded to {name}")
+        hub = {"push_to_hub": args.push_to_hub, "repo_id": args.hub_model_id or Path(args.output_dir).name}
+        policy.save_pretrained(args.output_dir, state_dict=weights, **hub)
+        tokenizer.save_pretrained(args.output_dir, **hub)
         write_run(args, finished=True)
         say(f"finished: the model is in {args.output_dir}")
     dist.barrier()
@@ -979,7 +978,7 @@ TOY |= dict(batch_size=32, per_device_train_batch_size=32, per_device_eval_batch
 
 
 def arg(default, help: str):
-    """A dataclass field with a help text; a list as its default is copied."""
+    """A dataclass field with a help text; each object gets its own copy of a default list."""
     default = {"default_factory": default.copy} if isinstance(default, list) else {"default": default}
     return field(**default, metadata={"help": help})
 
@@ -989,12 +988,14 @@ MAY_BE_ZERO = "warmup_steps weight_decay adam_beta1 adam_beta2 adam_epsilon eval
 
 @dataclass
 class Arguments:
-    """What all methods take. Names are TRL's where TRL has the flag. ValueError for what is not defined."""
+    """What all methods take. Names are TRL's where TRL has the flag. Invalid values raise ValueError."""
 
     model_name_or_path: str | None = arg(None, "the policy: a Hub name or a directory [the built-in example]")
     model_revision: str = arg("main", "branch, tag or commit of the model on the Hub")
     trust_remote_code: bool = arg(False, "run the model's code, and load weights not in safetensors")
-    dtype: Literal["float32", "bfloat16", "float64"] = arg("float32", "of the weights that AdamW updates")
+    dtype: Literal["float32", "bfloat16", "float64"] = arg(
+        "float32", "dtype of the weights that AdamW updates"
+    )
     dataset_name: str | None = arg(None, "a Hub name, a directory, or a json, jsonl, csv or parquet file")
     dataset_config: str | None = arg(None, "configuration of the dataset")
     dataset_train_split: str = arg("train", "split to train on")
@@ -1004,14 +1005,20 @@ class Arguments:
     output_dir: str | None = arg(None, "where results go; a disk that all nodes see [output/<script>]")
     overwrite_output_dir: bool = arg(False, "start anew: delete the earlier run in output_dir")
     learning_rate: float = arg(1e-6, "peak learning rate of AdamW")
-    lr_scheduler_type: Literal["linear", "cosine", "constant"] = arg("linear", "its decay after the warm-up")
+    lr_scheduler_type: Literal["linear", "cosine", "constant"] = arg(
+        "linear", "decay of the learning rate after the warm-up"
+    )
     warmup_steps: float = arg(0.1, "steps of linear warm-up; below 1: a share of all steps")
     num_train_epochs: float = arg(1.0, "passes over the training pairs")
     max_steps: int = arg(-1, "if positive, optimizer steps, instead of num_train_epochs")
     batch_size: int | None = arg(None, "pairs per optimizer step, over all processes [64]")
-    gradient_accumulation_steps: int | None = arg(None, "sets batch_size to this x per device x processes")
+    gradient_accumulation_steps: int | None = arg(
+        None, "sets batch_size: this x per_device_train_batch_size x processes"
+    )
     per_device_train_batch_size: int = arg(8, "pairs per forward pass, at most")
-    per_device_eval_batch_size: int = arg(8, "the same in evaluation; also prompts per call of generate()")
+    per_device_eval_batch_size: int = arg(
+        8, "pairs per forward pass in evaluation; also prompts per call of generate()"
+    )
     weight_decay: float = arg(0.0, "weight decay of AdamW, on all parameters")
     adam_beta1: float = arg(0.9, "AdamW's decay of the gradient's running mean")
     adam_beta2: float = arg(0.999, "AdamW's decay of the squared gradient's running mean")
@@ -1024,13 +1031,15 @@ class Arguments:
     eval_prompts: int = arg(8, "test prompts that an evaluation completes, greedily and by sampling")
     max_new_tokens: int = arg(128, "tokens of a generated completion, at most")
     logging_steps: int = arg(10, "steps between reports of metrics; metrics.jsonl has every step")
-    report_to: Literal["none", "tensorboard", "wandb", "trackio"] = arg("none", "also report metrics to this")
-    run_name: str | None = arg(None, "name of the run there")
+    report_to: Literal["none", "tensorboard", "wandb", "trackio"] = arg(
+        "none", "tracker that also gets the metrics"
+    )
+    run_name: str | None = arg(None, "name of the run in the tracker of report_to")
     save_steps: int = arg(500, "steps between checkpoints; the last step also has one")
     save_total_limit: int = arg(2, "checkpoints to keep")
     seed: int = arg(42, "seed of data order and sampling")
-    push_to_hub: bool = arg(False, "upload the trained model")
-    hub_model_id: str | None = arg(None, "to this repository [the name of output_dir]")
+    push_to_hub: bool = arg(False, "upload the trained model to the Hub")
+    hub_model_id: str | None = arg(None, "repository that push_to_hub uploads to [the name of output_dir]")
     traceback: bool = arg(False, "show where an error came from, not only its message")
     data_digest: str | None = field(default=None, init=False)  # not a flag: load_data fills it in
 
@@ -1047,14 +1056,9 @@ class Arguments:
             if type(value) in (int, float) and not 0 < value < math.inf and not is_allowed:
                 raise ValueError(f"{name} must be positive, not {value}")
         if self.batch_size % world:
-            near = max(1, round(self.batch_size / world)) * world
-            raise ValueError(
-                f"batch_size {self.batch_size} is not a multiple of {world} processes: {near} is"
-            )
+            raise ValueError(f"batch_size {self.batch_size} is not a multiple of the {world} processes")
         if self.report_to != "none" and importlib.util.find_spec(self.report_to) is None:
             raise ValueError(f"--report_to {self.report_to} needs a package: pip install {self.report_to}")
-        if self.bf16 and self.dtype == "float64":
-            raise ValueError("bf16 computes in bfloat16: with --dtype float64 it has to be false")
 
 
 def parse(kind: type[Arguments], **toy) -> Arguments:

@@ -75,7 +75,7 @@ def cpo_loss(
             # SLiC (2305.10425): a support vector machine on the same margin
             return F.relu(1 - PowerDifference.apply(chosen_logps, rejected_logps, alpha, beta))
         case "ipo":
-            # 2310.12036 eq. 17: take the margin to 1/2β, not to infinity
+            # 2310.12036 eq. 17: take the difference to 1/2β, not to infinity
             return (PowerDifference.apply(chosen_logps, rejected_logps, alpha, 1.0) - 1 / (2 * beta)) ** 2
         case "simpo" | "alphapo":
             # SimPO, eq. 6, and AlphaPO, 2501.03884 eq. 4: only margins beyond γ are good enough
@@ -84,7 +84,7 @@ def cpo_loss(
 
 
 class PowerDifference(torch.autograd.Function):
-    """β (e^(-αy) - e^(-αx))/α of x and y, all (B,): without inf - inf, and in the gradient without 0·inf."""
+    """β (e^(-αy) - e^(-αx))/α of x and y, all (B,), safe against overflow in value and gradient."""
 
     @staticmethod
     def forward(ctx, x: Tensor, y: Tensor, alpha: float, beta: float) -> Tensor:
@@ -100,7 +100,7 @@ class PowerDifference(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        def times_slope(t: Tensor) -> Tensor:  # d/dt of -β e^(-αt)/α, unless the loss is flat there
+        def times_slope(t: Tensor) -> Tensor:  # d/dt of -β e^(-αt)/α; 0 where no gradient arrives
             return torch.where(grad == 0, grad, grad * (math.log(ctx.beta) - ctx.alpha * t).exp())
 
         x, y = ctx.saved_tensors
@@ -111,9 +111,9 @@ class PowerDifference(torch.autograd.Function):
 
 
 def loss_and_metrics(policy, batch: Batch, args: Arguments) -> tuple[Tensor, dict]:
-    """This micro-batch's additive share of the global-batch mean loss and metrics.
+    """What this micro-batch adds to the global batch's mean loss and metrics.
 
-    A share is a sum over pairs or tokens, divided by their number in the global batch. So neither loss nor
+    That is a sum over its pairs or tokens, divided by their number in the global batch. So neither loss nor
     gradient depends on how a batch is split over processes and micro-batches.
     """
     token_logps = policy.token_logps(batch)  # (2B, L): log π of each token of an answer
@@ -171,7 +171,7 @@ def main(args: Arguments) -> None:
     rank, world, device = common.start(args)
     tokenizer = common.load_tokenizer(args.model_name_or_path, args)
     train, test = common.load_data(args, tokenizer)
-    # All processes know all batches of the run: row numbers, (steps, batch_size).
+    # The row numbers of all batches, (steps, batch_size), are the same on all processes.
     batches = common.global_batches(train, args)
     policy = common.load_model(args.model_name_or_path, args, device, trainable=True)
     optimizer = common.adamw(policy, args)
@@ -186,7 +186,7 @@ def main(args: Arguments) -> None:
         lr = common.set_learning_rate(optimizer, step, len(batches), args)
         for batch in common.micro_batches(train, batches[step], args.per_device_train_batch_size, device):
             loss, metrics = loss_and_metrics(policy, batch, args)
-            (loss * world).backward()  # fully_shard averages gradients over processes; shares are to be added
+            (loss * world).backward()  # fully_shard averages gradients over processes; the sum is needed
             log.add(metrics)
         norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), args.max_grad_norm)
         grad_norm = norm.full_tensor().item()  # of the whole gradient, the same on all processes

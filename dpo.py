@@ -1,8 +1,8 @@
 r"""Direct Preference Optimization (Rafailov et al. 2023, https://arxiv.org/abs/2305.18290).
 
 A policy π learns to prefer the chosen answer y_w to the rejected answer y_l of a prompt x. There is no reward
-model. The reward of an answer is how much more likely the policy makes it than a frozen copy of the policy
-before training, the reference π_ref:
+model. The reward of an answer is β times the log of a ratio: its probability under the policy over that under
+the reference π_ref, a frozen copy of the policy made before training.
 
     reward(y) = β log π(y|x) / π_ref(y|x)             log-probabilities are summed over the tokens of y
     loss      = -log σ(reward(y_w) - reward(y_l))     eq. 7; the mean over pairs
@@ -11,9 +11,9 @@ What to expect: before the first step policy and reference agree, so all rewards
 0.693, and the accuracy is 0, because all pairs tie. In the built-in example, 100 steps take the loss on
 held-out pairs to 0.58, the margin between the rewards to 0.24 and the accuracy to 0.98.
 
-Differs from the paper: AdamW with linear decay of the learning rate, instead of RMSprop with a constant one.
-Differs from the authors' code: sequences are packed instead of padded, which changes no result. The losses of
-DPO's relatives are at the end of this file; `--loss_type` chooses one.
+Differs from the paper: AdamW with linear decay of the learning rate, instead of RMSprop without decay.
+Differs from the authors' code: sequences are packed instead of padded, which changes no result, and prompts
+are never cut. The losses and options of DPO's relatives follow the training loop; a reader of DPO can skip them.
 
     python dpo.py                                     the built-in example, about a minute on a laptop
     torchrun --nproc_per_node 8 dpo.py --model_name_or_path Qwen/Qwen2-0.5B-Instruct \
@@ -55,15 +55,15 @@ def dpo_loss(
 ) -> Tensor:
     """Losses (B,) of B pairs, from log-probabilities (B,) of their answers under policy and reference.
 
-    Log-probabilities are sums over the tokens of an answer; for loss types in AVERAGED the caller passes
-    means. Training minimises the mean of the losses. `options` are those of related_loss, which has DPO's
-    relatives. Raises ValueError for what is not defined.
+    Each is a sum over the tokens of an answer; for loss types in AVERAGED, pass means over tokens. Training
+    minimises the mean of the losses. related_loss has all other loss types, and `options` for it. Raises
+    ValueError for what is not defined.
     """
+    if not beta > 0:
+        raise ValueError(f"beta must be positive, not {beta}")
     if loss_type != "sigmoid" or options:
         logps = chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps
         return related_loss(*logps, beta=beta, loss_type=loss_type, **options)
-    if not beta > 0:
-        raise ValueError(f"beta must be positive, not {beta}")
     chosen_rewards = beta * (chosen_logps - ref_chosen_logps)  # β log π(y_w|x)/π_ref(y_w|x)
     rejected_rewards = beta * (rejected_logps - ref_rejected_logps)
     return -F.logsigmoid(chosen_rewards - rejected_rewards)  # eq. 7
@@ -75,12 +75,12 @@ def dpo_loss(
 def loss_and_metrics(
     policy, reference_logps: Callable[[Batch], Tensor], batch: Batch, args: Arguments, bco_rewards: Tensor
 ) -> tuple[Tensor, dict]:
-    """This micro-batch's additive share of the global-batch mean loss and metrics.
+    """What this micro-batch adds to the global batch's mean loss and metrics.
 
-    A share is a sum over pairs, divided by the number of pairs in the global batch. So neither loss nor
+    That is a sum over its pairs, divided by the number of pairs in the global batch. So neither loss nor
     gradient depends on how a batch is split over processes and micro-batches.
     """
-    ref_logps = reference_logps(batch)  # (B, 2). First, because under no_grad it stores no activations
+    ref_logps = reference_logps(batch)  # (B, 2). First, before the policy's activations take up memory
     pair_weights = 1.0
     if args.use_weighting:  # WPO, a relative of DPO
         token_logps, pair_weights = token_logps_and_pair_weights(policy, batch)
@@ -114,9 +114,9 @@ def loss_and_metrics(
 
 def sum_over_tokens(token_logps: Tensor, batch: Batch, args: Arguments) -> Tensor:
     """log π(y|x) of chosen and rejected answers, (B, 2), from those of their tokens, (2B, L)."""
-    if args.ld_alpha is not None:
-        token_logps = discount_longer_answers(token_logps, batch, args.ld_alpha)
-    return token_logps.sum(1).view(-1, 2)  # DPO sums over tokens; SimPO averages
+    if args.ld_alpha is not None:  # LD-DPO, a relative of DPO
+        token_logps = token_logps * token_weights(batch, args.ld_alpha)
+    return token_logps.sum(1).view(-1, 2)  # DPO sums over tokens; SimPO averages them
 
 
 # --------------------------------------------------------------------------------------------------- training
@@ -131,7 +131,7 @@ def frozen_logps(reference, args: Arguments, batch: Batch) -> Tensor:
 @torch.no_grad()
 def evaluate(policy, reference_logps, tokenizer, test: Data, args, log, step: int, bco_rewards) -> None:
     """Metrics of the test pairs, all of them as one global batch, and completions of test prompts."""
-    # (The losses that sort, aot and its kin, sort what all processes hold at a time, not all pairs.)
+    # Here aot sorts what all processes hold at a time: its value depends on per_device_eval_batch_size.
     rows = test.lengths.sum(1).argsort(kind="stable")  # micro-batches of similar length
     for batch in common.micro_batches(test, rows, args.per_device_eval_batch_size, policy.device):
         log.add(loss_and_metrics(policy, reference_logps, batch, args, bco_rewards)[1])
@@ -143,14 +143,12 @@ def main(args: Arguments) -> None:
     rank, world, device = common.start(args)
     tokenizer = common.load_tokenizer(args.model_name_or_path, args)
     train, test = common.load_data(args, tokenizer)
-    # All processes know all batches of the run: row numbers, (steps, batch_size).
+    # The row numbers of all batches, (steps, batch_size), are the same on all processes.
     batches = common.global_batches(train, args)
     policy = common.load_model(args.model_name_or_path, args, device, trainable=True)
     reference = load_reference(args, device, tokenizer)
     optimizer = common.adamw(policy, args)
-    bco_rewards = torch.zeros(
-        2, dtype=torch.float64
-    )  # for BCO: the sum of all steps' rewards, and their number
+    bco_rewards = torch.zeros(2, dtype=torch.float64)  # BCO: sum of mean rewards, and of steps
     method_state = {"bco_rewards": bco_rewards}
     method_state |= {"reference": reference.state_dict()} if args.sync_ref_model else {}
     common.claim_output_dir(args)
@@ -160,7 +158,7 @@ def main(args: Arguments) -> None:
     if args.precompute_ref_log_probs:
         train_reference, test_reference = precompute(train_reference, train, test, batches, args, device)
         reference = None
-        gc.collect()  # reference cycle (reference.token_logps is bound to it), so `None` is not enough
+        gc.collect()  # the model refers to itself through token_logps: only the collector frees it
 
     log = common.Log(args, first_step, len(batches), len(train.lengths), device)
     if test is not None and log.evaluation_due(first_step):
@@ -170,7 +168,7 @@ def main(args: Arguments) -> None:
         lr = common.set_learning_rate(optimizer, step, len(batches), args)
         for batch in common.micro_batches(train, batches[step], args.per_device_train_batch_size, device):
             loss, metrics = loss_and_metrics(policy, train_reference, batch, args, bco_rewards)
-            (loss * world).backward()  # fully_shard averages gradients over processes; shares are to be added
+            (loss * world).backward()  # fully_shard averages gradients over processes; the sum is needed
             log.add(metrics)
         norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), args.max_grad_norm)
         grad_norm = norm.full_tensor().item()  # of the whole gradient, the same on all processes
@@ -202,8 +200,8 @@ def main(args: Arguments) -> None:
 
 # ----------------------------------------------------------------------- DPO's relatives: their losses
 
-# What they depend on: the difference of the two rewards, the two rewards separately, log-probabilities per
-# token (sums divided by lengths), or the order of all pairs of the step, which must be there at once.
+# Grouped by what they depend on: the difference of the two rewards; the two rewards separately; means over
+# tokens; or the order of all pairs of a step, which they sort.
 MARGIN = ("sigmoid", "hinge", "robust", "exo_pair", "discopop")
 REWARDS = ("nca_pair", "bco_pair", "sppo_hard", "apo_zero", "apo_down")
 AVERAGED = ("ipo", "sigmoid_norm", "sft")
@@ -227,8 +225,6 @@ def related_loss(
     bco_delta: float = 0.0,
 ) -> Tensor:
     """dpo_loss for all loss types and options. ε is label_smoothing and z the difference of the rewards."""
-    if not beta > 0:
-        raise ValueError(f"beta must be positive, not {beta}")
     if not 0 <= label_smoothing < 0.5 or (label_smoothing and loss_type not in SMOOTHED):
         raise ValueError(f"label_smoothing must be in [0, 0.5), and is for {', '.join(SMOOTHED)} only")
     if not discopop_tau > 0:
@@ -255,7 +251,7 @@ def related_loss(
             # RSO (2309.06657), SLiC (2305.10425): a support vector machine on the same margin
             return F.relu(1 - margins)
         case "ipo":
-            # 2310.12036 eq. 17, of means as in its experiments: take the margin to 1/2β, not to infinity
+            # 2310.12036 eq. 17, of means as in its experiments: take the difference to 1/2β, not to infinity
             return (chosen_log_ratio - rejected_log_ratio - 1 / (2 * beta)) ** 2
         case "robust":
             # 2403.00409: unbiased if a fraction ε of the labels is flipped; can go to -∞
@@ -286,7 +282,7 @@ def related_loss(
             # 2408.06266 eq. 7: chosen up, rejected down; for chosen answers better than the policy's own
             return 1 - chosen_rewards.sigmoid() + rejected_rewards.sigmoid()
         case "apo_down":
-            # 2408.06266 eq. 8: both down, rejected more; for answers of the policy that are better than both
+            # 2408.06266 eq. 8: both down, rejected more; for when the policy's answers are better than both
             return chosen_rewards.sigmoid() + 1 - margins.sigmoid()
         case "aot":
             # 2406.05882: the sorted margins of the policy should exceed those of the reference, rank by rank
@@ -323,7 +319,7 @@ def f_margin(
 
 
 class PowerDifference(torch.autograd.Function):
-    """β (e^(-αy) - e^(-αx))/α of x and y, all (B,): without inf - inf, and in the gradient without 0·inf."""
+    """β (e^(-αy) - e^(-αx))/α of x and y, all (B,), safe against overflow in value and gradient."""
 
     @staticmethod
     def forward(ctx, x: Tensor, y: Tensor, alpha: float, beta: float) -> Tensor:
@@ -339,7 +335,7 @@ class PowerDifference(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        def times_slope(t: Tensor) -> Tensor:  # d/dt of -β e^(-αt)/α, unless the loss is flat there
+        def times_slope(t: Tensor) -> Tensor:  # d/dt of -β e^(-αt)/α; 0 where no gradient arrives
             return torch.where(grad == 0, grad, grad * (math.log(ctx.beta) - ctx.alpha * t).exp())
 
         x, y = ctx.saved_tensors
@@ -352,7 +348,7 @@ class PowerDifference(torch.autograd.Function):
 def weighted_sum_of_losses(
     logps: Tensor, ref_logps: Tensor, pair_weights, batch: Batch, args: Arguments, bco_rewards: Tensor
 ) -> Tensor:
-    """The sum of dpo_loss over pairs and args.loss_type, from log-probabilities (B, 2) of whole answers."""
+    """The weighted sum of the losses over loss types and pairs, from log-probabilities (B, 2) of answers."""
     total = 0.0
     for loss_type, loss_weight in zip(args.loss_type, args.loss_weights, strict=True):
         inputs = [logps, ref_logps]
@@ -394,7 +390,7 @@ def answer_lengths(batch: Batch) -> Tensor:
 
 
 def gather_pairs(logps: Tensor) -> Tensor:
-    """The (B, 2) of all processes, one below the other; only this process's own carry a gradient."""
+    """Concatenate the (B, 2) of all processes; only this process's own have a gradient."""
     everyones = [None] * dist.get_world_size()
     dist.all_gather_object(everyones, logps.detach().cpu())
     everyones[dist.get_rank()] = logps
@@ -419,18 +415,18 @@ def token_logps_and_pair_weights(policy, batch: Batch) -> tuple[Tensor, Tensor]:
     return token_logps, log_weights.exp().clamp(max=1)
 
 
-def discount_longer_answers(token_logps: Tensor, batch: Batch, ld_alpha: float) -> Tensor:
-    """LD-DPO (2409.06411): tokens (2B, L) past the end of the pair's shorter answer count ld_alpha.
+def token_weights(batch: Batch, ld_alpha: float) -> Tensor:
+    """LD-DPO (2409.06411), (2B, L): ld_alpha for tokens past the end of the pair's shorter answer, else 1.
 
-    Logged rewards and log-probabilities have these weights, too.
+    Logged rewards and log-probabilities are weighted as well.
     """
-    in_both = batch.completions.unflatten(0, (-1, 2)).all(1, keepdim=True)  # (B, 1, L): they start together
-    weights = torch.where(in_both, 1.0, ld_alpha).to(token_logps.dtype)
-    return (token_logps.unflatten(0, (-1, 2)) * weights).flatten(0, 1)
+    pairs = batch.completions.unflatten(0, (-1, 2))  # (B, 2, L): both answers begin in the same column
+    in_both = pairs.all(1, keepdim=True).expand_as(pairs).flatten(0, 1)
+    return torch.where(in_both, 1.0, ld_alpha)
 
 
 def load_reference(args: Arguments, device: torch.device, tokenizer):
-    """The frozen model that the policy is compared with; by default the policy as it is before training."""
+    """The model that the policy is compared with; by default the policy as it is before training."""
     path = args.ref_model_name_or_path or args.model_name_or_path
     if common.load_tokenizer(path, args).get_vocab() != tokenizer.get_vocab():
         common.fail(
@@ -441,7 +437,7 @@ def load_reference(args: Arguments, device: torch.device, tokenizer):
 
 def precompute(reference_logps, train: Data, test: Data | None, batches, args: Arguments, device) -> tuple:
     """Compute the reference's log-probabilities of all pairs; a function of a batch for each split."""
-    # The same micro-batches as in epoch 1, so that rounding matches the policy's exactly; then other rows.
+    # The micro-batches of epoch 1, so that the reference rounds as the policy does; then the rows left over.
     first_epoch = batches[: len(train.lengths) // args.batch_size]
     groups, size = [*first_epoch, np.setdiff1d(batches, first_epoch)], args.per_device_train_batch_size
     train_table = reference_table(reference_logps, train, "train", groups, size, args, device)
@@ -477,7 +473,7 @@ class Arguments(common.Arguments):
 
     beta: float = arg(0.1, "strength of the tie to the reference (IPO's τ)")
     loss_type: list[str] = arg(["sigmoid"], f"one or more of {', '.join(LOSS_TYPES)}")
-    loss_weights: list[float] | None = arg(None, "weights of the loss types in their sum [1 each]")
+    loss_weights: list[float] | None = arg(None, "weight of each loss type [1]")
     label_smoothing: float | None = arg(None, "ε: fraction of flipped labels [0; for exo_pair 1e-3]")
     f_divergence_type: str = arg("reverse_kl", "or js_divergence, forward_kl, alpha_divergence")
     f_alpha_divergence_coef: float = arg(0.5, "α of the alpha divergence")
@@ -486,9 +482,11 @@ class Arguments(common.Arguments):
     use_weighting: bool = arg(False, "weight pairs by their probability under the policy (WPO, 2406.11827)")
     ld_alpha: float | None = arg(None, "weight of tokens past the shorter answer's end (LD-DPO, 2409.06411)")
     ref_model_name_or_path: str | None = arg(None, "the reference [the policy as it is before training]")
-    precompute_ref_log_probs: bool = arg(False, "once, before training; the reference then leaves memory")
+    precompute_ref_log_probs: bool = arg(
+        False, "compute the reference's log-probabilities once before training, then free it"
+    )
     sync_ref_model: bool = arg(False, "let the reference follow the policy (TR-DPO, 2404.09656)")
-    ref_model_sync_steps: int = arg(512, "steps between these updates")
+    ref_model_sync_steps: int = arg(512, "steps between updates of the reference")
     ref_model_mixup_alpha: float = arg(0.6, "share of the policy in the updated reference")
 
     def __post_init__(self):
@@ -526,5 +524,5 @@ class Arguments(common.Arguments):
 
 
 if __name__ == "__main__":
-    # So small a model takes a far larger learning rate than one of billions of parameters.
+    # The model of the built-in example is tiny and needs a larger learning rate.
     main(common.parse(Arguments, learning_rate=3e-5))

@@ -50,9 +50,9 @@ def log_odds(logps: Tensor) -> Tensor:
 
 
 def loss_and_metrics(policy, batch: Batch, args: Arguments) -> tuple[Tensor, dict]:
-    """This micro-batch's additive share of the global-batch mean loss and metrics.
+    """What this micro-batch adds to the global batch's mean loss and metrics.
 
-    A share is a sum over pairs or tokens, divided by their number in the global batch. So neither loss nor
+    That is a sum over its pairs or tokens, divided by their number in the global batch. So neither loss nor
     gradient depends on how a batch is split over processes and micro-batches.
     """
     token_logps = policy.token_logps(batch)  # (2B, L): log π of each token of an answer, and of prompts once
@@ -106,7 +106,7 @@ def main(args: Arguments) -> None:
     rank, world, device = common.start(args)
     tokenizer = common.load_tokenizer(args.model_name_or_path, args)
     train, test = common.load_data(args, tokenizer, score_prompts=not args.no_prompt_loss)
-    # All processes know all batches of the run: row numbers, (steps, batch_size).
+    # The row numbers of all batches, (steps, batch_size), are the same on all processes.
     batches = common.global_batches(train, args)
     policy = common.load_model(args.model_name_or_path, args, device, trainable=True)
     optimizer = common.adamw(policy, args)
@@ -121,7 +121,7 @@ def main(args: Arguments) -> None:
         lr = common.set_learning_rate(optimizer, step, len(batches), args)
         for batch in common.micro_batches(train, batches[step], args.per_device_train_batch_size, device):
             loss, metrics = loss_and_metrics(policy, batch, args)
-            (loss * world).backward()  # fully_shard averages gradients over processes; shares are to be added
+            (loss * world).backward()  # fully_shard averages gradients over processes; the sum is needed
             log.add(metrics)
         norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), args.max_grad_norm)
         grad_norm = norm.full_tensor().item()  # of the whole gradient, the same on all processes
@@ -162,5 +162,5 @@ class Arguments(common.Arguments):
 
 
 if __name__ == "__main__":
-    # So small a model takes a far larger learning rate than one of billions of parameters.
+    # The model of the built-in example is tiny and needs a larger learning rate.
     main(common.parse(Arguments, learning_rate=1e-3))

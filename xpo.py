@@ -1,17 +1,17 @@
 r"""Exploratory Preference Optimization (Xie et al. 2024, https://arxiv.org/abs/2405.21046), online.
 
-At every step, the policy π and the reference π_ref answer each prompt x once, with y and ỹ. A reward model or
-a judge says which answer is better, and DPO learns from that pair. A bonus for optimism is added: the policy
-lowers the probability of the reference's answer, which leaves probability for answers that nobody has tried.
+At every step and for each prompt x, the policy π writes one answer y, and the reference π_ref one answer ỹ.
+A reward model or a judge says which is better, and DPO learns from that pair. A bonus for optimism is added:
+the policy lowers the probability of ỹ, which leaves probability for answers that nobody has tried.
 
     loss = -log σ(β log π(y_w|x)/π_ref(y_w|x) - β log π(y_l|x)/π_ref(y_l|x)) + α log π(ỹ|x)     Algorithm 1
 
-y_w is the better of y and ỹ, and y_l the other one. The bonus acts on ỹ, whichever wins. Log-probabilities
-are sums over tokens, and the loss is a mean over prompts. α = 0 is online DPO.
+y_w is the better of y and ỹ, and y_l the other one. The bonus acts on ỹ, even if it is y_w. Log-probabilities
+are sums over tokens, and the loss is a mean over prompts. α = 0 is DPO on these online pairs.
 
-Differs from the paper: one step of AdamW on a batch of new pairs, where Algorithm 1 minimises over all pairs
-so far; the better score is the label, where the paper draws it from a preference probability; and the last
-policy is the result, not the best so far.
+Differs from the paper: a step of AdamW uses a batch of new pairs; Algorithm 1 minimises over all pairs so
+far. The better score is the label; the paper draws it from a preference probability. The last policy is the
+result; the paper takes the best one so far. Loss type ipo averages log-probabilities over tokens.
 
 What to expect: XPO_EXPECT
 
@@ -82,21 +82,21 @@ def xpo_loss(
 def loss_and_metrics(
     policy, reference, batch: Batch, policy_wins: Tensor, args: Arguments, epoch: int
 ) -> tuple[Tensor, dict]:
-    """This micro-batch's additive share of the global-batch mean loss and metrics.
+    """What this micro-batch adds to the global batch's mean loss and metrics.
 
     The two rows of a pair are the policy's answer y and the reference's ỹ; policy_wins (B,), bool, says
-    whether y is the better one. A share is a sum over pairs, divided by their number in the global batch. So
-    neither loss nor gradient depends on how a batch is split over processes and micro-batches.
+    whether y is the better one. What is returned is a sum over pairs, divided by their number in the global
+    batch. So neither loss nor gradient depends on how a batch is split over processes and micro-batches.
     """
-    alpha, beta = at(args.alpha, epoch), at(args.beta, epoch)
+    alpha, beta = value_in(args.alpha, epoch), value_in(args.beta, epoch)
     with torch.no_grad():  # first, because it stores no activations
         ref_logps = reference.token_logps(batch).sum(1).view(-1, 2)  # (B, 2): of y and ỹ
     token_logps = policy.token_logps(batch)  # (2B, L): log π of each token of an answer
-    logps = token_logps.sum(1).view(-1, 2)  # (B, 2): of y and ỹ; XPO sums over tokens
-    lengths = batch.completions.sum(1).view(-1, 2)  # (B, 2)
-    divisors = (
-        lengths if args.loss_type == "ipo" else torch.ones_like(lengths)
-    )  # IPO averages; the bonus does not
+    logps = token_logps.sum(1).view(-1, 2)  # (B, 2): of y and ỹ; DPO sums over tokens
+    # IPO takes means over tokens; the bonus stays a sum.
+    divisors = torch.ones_like(logps)
+    if args.loss_type == "ipo":
+        divisors = divisors * batch.completions.sum(1).view(-1, 2)
     losses = xpo_loss(
         *(logps / divisors).unbind(1),
         *(ref_logps / divisors).unbind(1),
@@ -115,9 +115,9 @@ def loss_and_metrics(
     sums = {
         "loss/dpo": (losses.detach() - bonus).sum(),
         "loss/xpo": bonus.sum(),
-        # An estimate of KL(π || π_ref), if samples are drawn at temperature 1 and from all tokens.
+        # Estimates KL(π || π_ref), if samples are drawn at temperature 1, without top_p, top_k and min_p.
         "objective/policy_kl": log_ratios[:, 0].sum(),
-        # TRL's means over both answers, under TRL's names; they are not a KL divergence and not an entropy.
+        # Means over both answers, as in TRL. Despite the names, they estimate no KL divergence, no entropy.
         "objective/kl": log_ratios.sum() / 2,
         "objective/entropy": -logps.detach().sum() / 2,
         "rewards/chosen": rewards[:, 0].sum(),
@@ -136,8 +136,8 @@ def loss_and_metrics(
     return loss, {"loss": loss} | metrics
 
 
-def at(values: list[float], epoch: int) -> float:
-    """The value of an epoch; the last value of a schedule holds for later ones."""
+def value_in(values: list[float], epoch: int) -> float:
+    """values[epoch]; after the last entry, the last entry."""
     return values[min(epoch, len(values) - 1)]
 
 
@@ -164,7 +164,7 @@ def sample(policy, reference, decide: Callable, tokenizer, data: Data, rows, arg
     answers = [common.generate(model, tokenizer, prompts, args, **options) for model in (policy, reference)]
     generated = time.perf_counter()
     ended = torch.tensor([[y[-1] in eos for y in pair] for pair in zip(*answers, strict=True)])
-    # Who decides sees all tokens that are trained on, special ones as well, but for a final EOS.
+    # The judge or reward model sees every generated token, including special tokens, except a final EOS.
     visible = [[y[:-1] if y[-1] in eos else y for y in part] for part in answers]
     texts = [common.decode_answers(tokenizer, prompts, part, skip_special_tokens=False) for part in visible]
     raw_prompts = [common.split_prompt(data.raw[int(row)])[0] for row in rows]  # texts or messages
@@ -203,11 +203,11 @@ def judge_pairs(judge: Callable, prompts: list, texts: list[list[str]]) -> Tenso
 
 @cache
 def load_judge(path: str) -> Callable:
-    """The function of `path/to/file.py:function`. It runs that file: ValueError if there is none.
+    """The function of `path/to/file.py:function`. Executes the file. ValueError if there is no such function.
 
     The function takes prompts (texts or lists of messages) and pairs of answers (texts), and returns a list:
-    for each pair 0 if the first answer is better, 1 if the second is, -1 for a tie. A tie counts as a win of
-    the policy, as equal scores do; a judge that abstains should say which answer it would rather see.
+    for each pair 0 if the first answer is better, 1 if the second is, -1 for a tie. Return -1 only for a real
+    tie, because a tie is trained as a win of the policy, as equal scores are.
     """
     file, _, name = path.rpartition(":")
     if not (file.endswith(".py") and Path(file).is_file()):
@@ -223,8 +223,9 @@ def load_judge(path: str) -> Callable:
 def load_scorer(
     args: Arguments, device: torch.device, prompt
 ) -> Callable[[list, list[str], list[bool]], Tensor]:
-    """The reward model as a function: prompts (texts or messages, as `prompt`), answers, whether they ended,
-    to scores (B,).
+    """The reward model: a function of prompts, answers and whether they ended that returns scores (B,).
+
+    `prompt` is an example that shows whether prompts are texts or messages.
     """
     tokenizer = common.from_pretrained(AutoTokenizer, args.reward_model_path, args)
     if isinstance(prompt, list) and not tokenizer.chat_template:
@@ -236,36 +237,36 @@ def load_scorer(
         common.fail(f"{args.reward_model_path} has {model.config.num_labels} outputs; a reward model has one")
     model = common.shard(model.eval().requires_grad_(False), args, device, reshard_after_forward=True)
     config = model.config.get_text_config()
-    longest_input = getattr(config, "max_position_embeddings", None) or sys.maxsize
+    longest = min(getattr(config, "max_position_embeddings", None) or sys.maxsize, tokenizer.model_max_length)
 
     def encode(prompt, answer: str, ended: bool) -> list[int]:
         completion = answer if isinstance(prompt, str) else [{"role": "assistant", "content": answer}]
         try:
             ids = common.encode(tokenizer, prompt, completion, ended=ended)
-        except ValueError:  # a template that rewrites the last turn cannot leave it open
+        except ValueError:  # some templates rewrite the last turn, and so cannot leave it open
             ids = common.encode(tokenizer, prompt, completion)
-        return ids[-longest_input:]  # of too long a conversation, its end
+        return ids if len(ids) <= longest else [ids[0], *ids[1 - longest :]]  # BOS, and the end of the input
 
     @torch.no_grad()
     def scores(prompts: list, answers: list[str], ended: list[bool]) -> Tensor:
-        sequences, found = [*map(encode, prompts, answers, ended)], []
+        sequences, parts = [*map(encode, prompts, answers, ended)], []
         for start in range(0, len(sequences), args.per_device_eval_batch_size):
             part = sequences[start : start + args.per_device_eval_batch_size]
-            longest, used = max(map(len, part)), {token for ids in part for token in ids}
-            # The model takes the score from the last token that is not padding. So padding has to be a token
-            # that no text contains, which EOS, often used for it, is not.
-            config.pad_token_id = next(token for token in range(len(used) + 1) if token not in used)
-            ids = [ids + [config.pad_token_id] * (longest - len(ids)) for ids in part]
-            mask = [[1] * len(ids) + [0] * (longest - len(ids)) for ids in part]
+            length, used = max(map(len, part)), {token for ids in part for token in ids}
+            # The model reads the score at the last token that is not padding, which it tells by its id. So
+            # padding has to be a token that occurs in none of the texts; EOS may occur.
+            config.pad_token_id = next(token for token in range(config.vocab_size) if token not in used)
+            ids = [ids + [config.pad_token_id] * (length - len(ids)) for ids in part]
+            mask = [[1] * len(ids) + [0] * (length - len(ids)) for ids in part]
             ids, mask = torch.tensor(ids, device=device), torch.tensor(mask, device=device)
-            found.append(model(input_ids=ids, attention_mask=mask).logits[:, 0].float())
-        return torch.cat(found)
+            parts.append(model(input_ids=ids, attention_mask=mask).logits[:, 0].float())
+        return torch.cat(parts)
 
     return scores
 
 
 def sample_metrics(samples: Samples, total: int) -> dict[str, Tensor | float]:
-    """These samples' share of the means over `total` prompts. The names are TRL's, also `val/`."""
+    """These samples' share of the means over `total` prompts; `val/` is TRL's name, also in training."""
     sums = {
         "objective/win_rate": (samples.preferences > 0).sum() + (samples.preferences == 0).sum() / 2,
         "val/model_contain_eos_token": samples.ended[:, 0].sum(),
@@ -284,9 +285,9 @@ def sample_metrics(samples: Samples, total: int) -> dict[str, Tensor | float]:
 
 @torch.no_grad()
 def evaluate(policy, reference, decide, tokenizer, test: Data, args: Arguments, log, step: int) -> None:
-    """How often the policy's answers beat the reference's on test prompts, and completions of these."""
+    """Log how often the policy's answers beat the reference's on test prompts, with completions."""
     metrics, completions = common.complete(policy, tokenizer, test, args, step)
-    if not completions:  # there are fewer prompts than processes
+    if not completions:  # there are fewer test prompts than processes, or eval_prompts is 0
         return log.evaluation(step, metrics, completions)
     total = len(completions)
     rows = range(dist.get_rank(), total, dist.get_world_size())
@@ -306,7 +307,7 @@ def main(args: Arguments) -> None:
     rank, world, device = common.start(args)
     tokenizer = common.load_tokenizer(args.model_name_or_path, args)
     train, test = common.load_data(args, tokenizer, completions=())
-    # All processes know all batches of the run: row numbers, (steps, batch_size).
+    # The row numbers of all batches, (steps, batch_size), are the same on all processes.
     batches = common.global_batches(train, args)
     policy = common.load_model(args.model_name_or_path, args, device, trainable=True)
     options = {"trainable": False, "updated": args.sync_ref_model}
@@ -334,7 +335,7 @@ def main(args: Arguments) -> None:
             part = slice(i, i + args.per_device_train_batch_size)
             batch = common.collate(samples.tokens[part], device, global_pairs=args.batch_size)
             loss, metrics = loss_and_metrics(policy, reference, batch, policy_wins[part], args, epoch)
-            (loss * world).backward()  # fully_shard averages gradients over processes; shares are to be added
+            (loss * world).backward()  # fully_shard averages gradients over processes; the sum is needed
             log.add(metrics)
         norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), args.max_grad_norm)
         grad_norm = norm.full_tensor().item()  # of the whole gradient, the same on all processes
@@ -347,7 +348,7 @@ def main(args: Arguments) -> None:
         log.add(sample_metrics(samples, args.batch_size))
         log.add({"tokens": sum(len(ids) for three in samples.tokens for ids in three)})
         metrics, interrupted = log.all_reduce()
-        metrics |= {"alpha": at(args.alpha, epoch), "beta": at(args.beta, epoch)}
+        metrics |= {"alpha": value_in(args.alpha, epoch), "beta": value_in(args.beta, epoch)}
         if args.sync_ref_model and (step + 1) % args.ref_model_sync_steps == 0:
             for old, new in zip(reference.parameters(), policy.parameters(), strict=True):
                 old.data.lerp_(new.data, args.ref_model_mixup_alpha)
@@ -374,21 +375,23 @@ class Arguments(common.Arguments):
     """XPO's own arguments; those of all methods are in common.py. A pair is a prompt and its two samples."""
 
     reward_model_path: str | None = arg(None, "a sequence classifier with one output: Hub name or directory")
-    judge: str | None = arg(None, "or path/to/file.py:function of prompts and pairs of answers")
+    judge: str | None = arg(
+        None, "path/to/file.py:function that compares answers, instead of reward_model_path"
+    )
     alpha: list[float] = arg([1e-5], "weight of the exploration bonus: one value, or one per epoch")
     beta: list[float] = arg([0.1], "strength of the tie to the reference: one value, or one per epoch")
-    loss_type: str = arg("sigmoid", "or ipo")
+    loss_type: str = arg("sigmoid", "sigmoid (DPO) or ipo")
     learning_rate: float = arg(5e-7, "peak learning rate of AdamW")
     max_length: int = arg(1024, "tokens of prompt and completion; prompts that leave no room are dropped")
     missing_eos_penalty: float | None = arg(None, "subtracted from the score of a completion without EOS")
     temperature: float = arg(
         1.0, "temperature of the samples; 1 is the models' own distribution, as in the paper"
     )
-    top_p: float = arg(1.0, "sample from the likeliest tokens with this probability together")
-    top_k: int = arg(0, "sample from so many tokens; 0: from all")
-    min_p: float | None = arg(None, "sample from tokens with this share of the likeliest one's probability")
+    top_p: float = arg(1.0, "sample from the smallest set of tokens with this total probability")
+    top_k: int = arg(0, "sample from the k likeliest tokens; 0: from all")
+    min_p: float | None = arg(None, "sample from tokens at least this fraction as likely as the likeliest")
     sync_ref_model: bool = arg(False, "let the reference follow the policy (TR-DPO, 2404.09656)")
-    ref_model_sync_steps: int = arg(512, "steps between these updates")
+    ref_model_sync_steps: int = arg(512, "steps between updates of the reference")
     ref_model_mixup_alpha: float = arg(0.6, "share of the policy in the updated reference")
 
     def __post_init__(self):
@@ -397,7 +400,7 @@ class Arguments(common.Arguments):
             self.reward_model_path = self.reward_model_path or str(Path(TOY_MODEL).parent / "reward")
         if (self.reward_model_path is None) == (self.judge is None):
             raise ValueError(
-                "give --reward_model_path or --judge, one of them: it says which answer is better"
+                "give --reward_model_path or --judge, exactly one: it says which answer is better"
             )
         if self.judge and self.missing_eos_penalty is not None:
             raise ValueError("missing_eos_penalty changes scores, but a judge gives none")
@@ -407,11 +410,10 @@ class Arguments(common.Arguments):
             )
         if not (0 < self.top_p <= 1 and self.top_k >= 0 and 0 <= (self.min_p or 0) <= 1):
             raise ValueError("top_p must be in (0, 1], top_k at least 0, min_p in [0, 1]")
-        if not self.alpha or min(self.alpha) < 0:
+        if not self.alpha or not all(0 <= alpha < math.inf for alpha in self.alpha):
             raise ValueError(f"alpha must be one or more values of at least 0, not {self.alpha}")
         if self.max_new_tokens >= self.max_length:
-            lengths = f"max_length {self.max_length} has to exceed max_new_tokens {self.max_new_tokens}"
-            raise ValueError(lengths)
+            raise ValueError(f"max_length {self.max_length} must exceed max_new_tokens {self.max_new_tokens}")
         if not 0 <= self.ref_model_mixup_alpha <= 1:
             raise ValueError(f"ref_model_mixup_alpha must be in [0, 1], not {self.ref_model_mixup_alpha}")
         if self.ref_model_sync_steps < 1:
@@ -427,5 +429,5 @@ class Arguments(common.Arguments):
 
 
 if __name__ == "__main__":
-    # So small a model takes a far larger learning rate than one of billions of parameters.
+    # The model of the built-in example is tiny and needs a larger learning rate.
     main(common.parse(Arguments, learning_rate=3e-4, max_steps=60))

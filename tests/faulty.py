@@ -12,18 +12,21 @@ a fork, which saves the time of imports, and answers with the exit status.
 import importlib
 import json
 import os
+import runpy
 import shutil
 import signal
 import sys
 import traceback
 from pathlib import Path
 
+import torch
+
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import common  # noqa: E402
 
 PLACES = {
-    "load_pairs": common,
-    "clip_grad_norm": common,  # once a step
+    "load_data": common,
+    "clip_grad_norm_": torch.nn.utils,  # once a step
     "load_model": common,
     "resume": common,
     "save_checkpoint": common,
@@ -79,8 +82,8 @@ def instrument(module, name: str, fault: dict, counts: dict[str, list[int]]) -> 
 
 
 def serve() -> None:
-    for name in ("dpo", "cpo", "alphapo", "orpo", "xpo"):
-        importlib.import_module(name)
+    for name in importlib.import_module("conftest").METHODS:
+        importlib.import_module(name)  # for what it imports
     for line in sys.stdin:
         request = json.loads(line)
         pid = os.fork()
@@ -112,15 +115,22 @@ def run(argv: list[str], environment: dict[str, str], output: str) -> None:
 def main() -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background jobs ignore
     del sys.argv[0]
-    script = importlib.import_module(Path(sys.argv[0]).stem)
     fault, counts = json.loads(os.environ.get("FAULT", "{}")), {}
-    here = (os.environ.get("RANK", "0"), os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
-    if here == (str(fault.get("rank", 0)), str(fault.get("restart", 0))):
-        for name, module in PLACES.items():
-            if hasattr(module or script, name) and fault.get("where", name) == name:
-                instrument(module or script, name, fault, counts)
-    script.main(common.parse(script.Arguments, script.check, script.TOY))
-    if "COUNTS" in os.environ and here[0] == "0":
+    rank, restart = os.environ.get("RANK", "0"), os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    start = common.start
+
+    def instrument_and_start(args):
+        """In place of common.start, with which main begins: by now the script's functions are defined."""
+        if (rank, restart) == (str(fault.get("rank", 0)), str(fault.get("restart", 0))):
+            for name, module in PLACES.items():
+                module = module or sys.modules["__main__"]
+                if hasattr(module, name) and fault.get("where", name) == name:
+                    instrument(module, name, fault, counts)
+        return start(args)
+
+    common.start = instrument_and_start
+    runpy.run_path(sys.argv[0], run_name="__main__")
+    if "COUNTS" in os.environ and rank == "0":
         Path(os.environ["COUNTS"]).write_text(json.dumps(counts))
 
 

@@ -57,7 +57,9 @@ def step(script, args, policy, reference, pairs, micro_batch: int) -> tuple[dict
     pairs = pairs._replace(score_prompts=args.method == "orpo" and not args.no_prompt_loss)
     for batch in common.micro_batches(pairs, np.arange(len(pairs.lengths)), micro_batch, policy.device):
         if args.method == "dpo":
-            loss, metrics = script.loss_and_metrics(policy, reference, batch, args, bco_rewards=torch.tensor([0.6, 2.0]))
+            loss, metrics = script.loss_and_metrics(
+                policy, reference, batch, args, bco_rewards=torch.tensor([0.6, 2.0])
+            )
         elif args.method == "xpo":
             wins = torch.from_numpy(batch.rows % 2 == 0)
             loss, metrics = script.loss_and_metrics(policy, reference, batch, wins, args, epoch=0)

@@ -11,7 +11,7 @@ from mpmath import mp
 from torch.testing import assert_close
 
 import dpo
-from dpo import LOSS_TYPES, dpo_loss, loss_options, mean_reward, related_loss
+from dpo import LOSS_TYPES, dpo_loss, loss_options, related_loss
 
 OF_Z = ("sigmoid", "hinge", "robust", "exo_pair", "discopop")  # the ones that f-divergences redefine
 SORTED = ("aot", "aot_unpaired", "aot_pair")
@@ -419,21 +419,23 @@ def test_a_loss_type_that_is_listed_but_has_no_case_is_refused(monkeypatch):
 # -------------------------------------------------------------------------------------- options of a step
 
 
+def options_of(loss_types: list[str], bco_rewards=(0.0, 0.0), **arguments) -> list[dict]:
+    args = dpo.Arguments("m", dataset_name="d", loss_type=loss_types, **arguments)
+    return [loss_options(loss_type, args, torch.tensor(bco_rewards)) for loss_type in loss_types]
+
+
 def test_label_smoothing_is_for_the_loss_types_that_have_it():
     """By default exo_pair alone has it; a value that is given is for all that can have it."""
     types = ["exo_pair", "sigmoid", "hinge", "sft"]
-    args = dpo.Arguments("m", dataset_name="d", loss_type=types)
-    found = [loss_options(name, args, bco_delta=0.0) for name in types]
-    assert found == [{"label_smoothing": 1e-3}, {}, {}, {}]
-    args = dpo.Arguments("m", dataset_name="d", loss_type=types, label_smoothing=0.2)
-    found = [loss_options(name, args, bco_delta=0.0) for name in types]
-    assert found == [{"label_smoothing": 0.2}, {"label_smoothing": 0.2}, {}, {}]
+    assert options_of(types) == [{"label_smoothing": 1e-3}, {}, {}, {}]
+    given = {"label_smoothing": 0.2}
+    assert options_of(types, label_smoothing=0.2) == [given, given, {}, {}]
 
 
-def test_the_threshold_of_bco_is_the_mean_of_the_rewards_that_count():
+def test_the_threshold_of_bco_is_the_mean_reward_of_the_steps_that_counted():
     """Their sum and their number are kept: of rewards 2, 2, 2, after a step that was skipped, it is 2."""
-    assert mean_reward(torch.tensor([0.0, 0.0])) == 0
-    assert mean_reward(torch.tensor([6.0, 3.0])) == 2
+    assert options_of(["bco_pair"]) == [{"bco_delta": 0}]
+    assert options_of(["bco_pair", "sigmoid"], (6.0, 3.0)) == [{"bco_delta": 2}, {}]
 
 
 @pytest.mark.parametrize("loss_type", LOSS_TYPES)

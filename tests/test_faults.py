@@ -20,18 +20,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from conftest import METHODS, ROOT
 from safetensors.torch import load_file
-from test_runs import ROOT, assert_same_run, environment, last_wins, metrics_of
+from test_runs import assert_same_run, environment, last_wins, metrics_of
 
 from common import TOY_DATA, TOY_MODEL
 
-FLAGS = {
-    "dpo.py": "--precompute_ref_log_probs",
-    "cpo.py": "--loss_type simpo",
-    "alphapo.py": "",
-    "orpo.py": "",
-    "xpo.py": "",
-}
+SCRIPTS = [f"{method}.py" for method in METHODS]
+FLAGS = {"dpo.py": "--precompute_ref_log_probs", "cpo.py": "--loss_type simpo"}
 SHORT = "--max_steps 4 --batch_size 8 --eval_prompts 4 --max_new_tokens 8 --eval_steps 2 --save_steps 1"
 
 
@@ -47,7 +45,7 @@ def few_pairs() -> str:
 
 def arguments(script: str, output_dir: Path, *flags: str) -> list[str]:
     data = ["--model_name_or_path", TOY_MODEL, "--dataset_name", few_pairs(), "--learning_rate", "1e-4"]
-    flags = last_wins([*data, *SHORT.split(), *FLAGS[script].split(), *flags])
+    flags = last_wins([*data, *SHORT.split(), *FLAGS.get(script, "").split(), *flags])
     return [str(ROOT / script), "--output_dir", str(output_dir), *flags]
 
 
@@ -101,14 +99,22 @@ def succeed(*args, **options) -> str:
     return said
 
 
+@cache
+def uninterrupted(script: str, processes: int = 1) -> Path:
+    """The output_dir of a run without a fault."""
+    folder = Path(tempfile.mkdtemp(), "run")
+    succeed(script, folder, processes=processes)
+    return folder
+
+
 CHAIN = {  # of starts of one run, each killed at another place: place, call, event, signal
     "dpo.py": [
-        ("load_pairs", 1, 300, "SIGINT"),
+        ("load_data", 1, 300, "SIGINT"),
         ("precompute", 1, 500, "SIGKILL"),
         ("evaluate", 1, 1000, "SIGKILL"),
         ("save_checkpoint", 1, 3000, "SIGKILL"),
         ("resume", 1, 100, "SIGKILL"),
-        ("clip_grad_norm", 1, 30, "SIGTERM"),
+        ("clip_grad_norm_", 1, 30, "SIGTERM"),
         ("rmtree", 1, 3, "SIGKILL"),
         ("save_model", 1, 300, "SIGKILL"),
     ],
@@ -118,18 +124,18 @@ CHAIN = {  # of starts of one run, each killed at another place: place, call, ev
         ("save_model", 1, 9, "SIGKILL"),
     ],
 }
-CHAINS = [("dpo.py", 1), ("dpo.py", 2), ("xpo.py", 2)]
+OTHERS = [("loss_and_metrics", 3, 50, "SIGKILL"), ("save_checkpoint", 1, 3000, "SIGKILL")]
+CHAINS = [("dpo.py", 2), *((script, 2 if script == "xpo.py" else 1) for script in SCRIPTS)]
 
 
 @pytest.mark.parametrize(("script", "processes"), CHAINS)
-def test_killed_anywhere_the_same_command_goes_on(tmp_path, script, processes):
-    succeed(script, tmp_path / "a", processes=processes)
-    for i, (where, call, event, sent) in enumerate(CHAIN[script]):
+def test_killed_anywhere_the_same_command_resumes_the_run(tmp_path, script, processes):
+    for i, (where, call, event, sent) in enumerate(CHAIN.get(script, OTHERS)):
         fault = {"where": where, "call": call, "event": event, "signal": sent, "rank": i % processes}
         status, said = run(script, tmp_path / "b", processes=processes, fault=fault)
         assert status != 0, f"the fault did not happen: {fault}\n{said[-2000:]}"
     succeed(script, tmp_path / "b", processes=processes)
-    assert_same_run(tmp_path / "a", tmp_path / "b")
+    assert_same_run(uninterrupted(script, processes), tmp_path / "b")
     steps = [line["step"] for line in metrics_of(tmp_path / "b") if "loss" in line]
     assert steps == [1, 2, 3, 4]
 
@@ -138,7 +144,7 @@ def test_killed_anywhere_the_same_command_goes_on(tmp_path, script, processes):
 def test_hundreds_of_kills(tmp_path):
     kills, wanted, rng = 0, int(os.environ.get("KILLS", 200)), random.Random(int(os.environ.get("SEED", 0)))
     failures, missed = [], 0
-    rounds = [(script, processes) for script in FLAGS for processes in (1, 2)]
+    rounds = [(script, processes) for script in SCRIPTS for processes in (1, 2)]
     counts = {}
     while kills < wanted:
         for script, processes in rounds:
@@ -151,7 +157,7 @@ def test_hundreds_of_kills(tmp_path):
             for _ in range(12 if processes == 1 else 6):
                 places = {place: events for place, events in counts[script, processes].items() if events}
                 where = rng.choice([*places])
-                call = int(rng.random() ** 3 * len(places[where]))  # a run that goes on makes fewer calls
+                call = int(rng.random() ** 3 * len(places[where]))  # a run that is resumed makes fewer calls
                 event = 1 + int(rng.random() * 0.9 * places[where][call])  # counting adds some calls
                 fault = {"where": where, "call": call + 1, "event": event}
                 fault |= {
@@ -175,14 +181,15 @@ def test_hundreds_of_kills(tmp_path):
     assert not failures, "\n".join(map(str, failures))
 
 
-def test_torchrun_starts_a_run_again_whose_rank_died(tmp_path):
-    succeed("dpo.py", tmp_path / "a", processes=2)
-    fault = {"where": "clip_grad_norm", "call": 3, "event": 20, "signal": "SIGKILL", "rank": 1}
+def test_torchrun_restarts_a_run_whose_rank_died(tmp_path):
+    """And --overwrite_output_dir deletes an earlier run, but not the one that is restarted."""
+    shutil.copytree(uninterrupted("dpo.py", processes=2), tmp_path / "b")
+    fault = {"where": "clip_grad_norm_", "call": 3, "event": 20, "signal": "SIGKILL", "rank": 1}
     launch = ["--standalone", "--max-restarts", "1"]
-    assert "going on after step 2" in succeed(
-        "dpo.py", tmp_path / "b", processes=2, fault=fault, launch=launch
-    )
-    assert_same_run(tmp_path / "a", tmp_path / "b")
+    flags = ("--overwrite_output_dir",)
+    said = succeed("dpo.py", tmp_path / "b", *flags, processes=2, fault=fault, launch=launch)
+    assert "resuming after step 2" in said
+    assert_same_run(uninterrupted("dpo.py", processes=2), tmp_path / "b")
 
     # Two agents, as on two nodes.
     with socket.socket() as free:
@@ -192,48 +199,64 @@ def test_torchrun_starts_a_run_again_whose_rank_died(tmp_path):
     nodes = [start("dpo.py", tmp_path / "c", launch=launch) for _ in range(2)]
     for status, said in map(finish, nodes):
         assert status == 0, said[-2000:]
-    assert_same_run(tmp_path / "a", tmp_path / "c")
+    assert_same_run(uninterrupted("dpo.py", processes=2), tmp_path / "c")
 
 
 @pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1)])
-def test_going_on_with_another_number_of_processes(tmp_path, before, after):
-    succeed("cpo.py", tmp_path / "a", processes=before)
-    fault = {"where": "clip_grad_norm", "call": 3, "event": 9, "signal": "SIGKILL", "who": "all"}
+def test_a_run_is_resumed_with_another_number_of_processes(tmp_path, before, after):
+    fault = {"where": "clip_grad_norm_", "call": 3, "event": 9, "signal": "SIGKILL", "who": "all"}
     assert run("cpo.py", tmp_path / "b", processes=before, fault=fault)[0] != 0
     said = succeed("cpo.py", tmp_path / "b", processes=after)
-    assert f"it had {before} processes, not {after}" in said
-    a, b = (load_file(tmp_path / run / "model.safetensors") for run in "ab")
+    assert f"it was saved by {before} processes, not {after}" in said
+    runs = uninterrupted("cpo.py", before), tmp_path / "b"
+    a, b = (load_file(run / "model.safetensors") for run in runs)
     assert max((a[name] - b[name]).abs().max().item() for name in a) < 1e-5
 
 
-def checkpoint_after_three_steps(output_dir: Path) -> Path:
-    fault = {"where": "clip_grad_norm", "call": 4, "event": 9, "signal": "SIGKILL"}
-    assert run("cpo.py", output_dir, fault=fault)[0] != 0
+def checkpoint_after_three_steps(output_dir: Path, processes: int = 1) -> Path:
+    fault = {"where": "clip_grad_norm_", "call": 4, "event": 9, "signal": "SIGKILL", "who": "all"}
+    assert run("cpo.py", output_dir, processes=processes, fault=fault)[0] != 0
     return output_dir / "checkpoints" / "00000003"
 
 
-def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(tmp_path):
-    succeed("cpo.py", tmp_path / "a")
-    file = checkpoint_after_three_steps(tmp_path / "b") / "__0_0.distcp"
-    content = bytearray(file.read_bytes())
-    content[len(content) // 2] ^= 1  # one bit
-    file.write_bytes(content)
-    said = succeed("cpo.py", tmp_path / "b")
-    assert "00000003 is damaged, in __0_0.distcp" in said and "going on after step 2" in said
-    assert_same_run(tmp_path / "a", tmp_path / "b")
+DAMAGES = {  # what happens to the newest checkpoint, and whether its directory says that it is complete
+    "a short file": lambda folder, file: os.truncate(file, 1000),
+    "a missing file": lambda folder, file: file.unlink(),
+    "unreadable metadata": lambda folder, file: (folder / ".metadata").write_bytes(b"damaged"),
+}
 
-    folder = checkpoint_after_three_steps(tmp_path / "c")
-    os.truncate(folder / "__0_0.distcp", 1000)
-    (folder.parent / "00000002" / ".metadata").unlink()
-    said = succeed("cpo.py", tmp_path / "c")
-    assert "__0_0.distcp: not used" in said and "00000002 is damaged, in .metadata" in said
-    assert "going on" not in said
-    assert_same_run(tmp_path / "a", tmp_path / "c")
+
+@pytest.mark.parametrize(("damage", "processes"), [*((name, 1) for name in DAMAGES), ("a missing file", 2)])
+def test_a_checkpoint_that_cannot_be_loaded_is_named_and_the_one_before_it_used(tmp_path, damage, processes):
+    folder = checkpoint_after_three_steps(tmp_path / "b", processes)
+    DAMAGES[damage](folder, folder / f"__{processes - 1}_0.distcp")
+    said = succeed("cpo.py", tmp_path / "b", processes=processes)
+    assert re.search(rf"the checkpoint {folder} cannot be loaded \(.+\): the one before it is used", said)
+    assert "resuming after step 2" in said
+    assert_same_run(uninterrupted("cpo.py", processes), tmp_path / "b")
+
+
+def test_a_checkpoint_is_complete_once_it_has_metadata(tmp_path):
+    (checkpoint_after_three_steps(tmp_path / "b") / ".metadata").unlink()
+    said = succeed("cpo.py", tmp_path / "b")
+    assert "resuming after step 2" in said and "cannot be loaded" not in said
+    assert_same_run(uninterrupted("cpo.py"), tmp_path / "b")
+
+
+def test_a_run_without_a_checkpoint_that_can_be_loaded_fails(tmp_path):
+    folder = checkpoint_after_three_steps(tmp_path / "a")
+    for file in folder.parent.glob("*/*.distcp"):
+        os.truncate(file, 1000)
+    metrics = metrics_of(tmp_path / "a")
+    status, said = run("cpo.py", tmp_path / "a")
+    assert status == 1 and "Traceback" not in said
+    assert f"error: no checkpoint in {tmp_path / 'a'} can be loaded; --overwrite_output_dir" in said
+    assert metrics_of(tmp_path / "a") == metrics
+    succeed("cpo.py", tmp_path / "a", "--overwrite_output_dir")
 
 
 def test_a_full_disk_costs_no_step_that_was_saved(tmp_path):
     """Files of a certain size stand for a disk of that size: a write fails in the same way."""
-    succeed("cpo.py", tmp_path / "a")
     folder = checkpoint_after_three_steps(tmp_path / "b")
     limit = (folder / "__0_0.distcp").stat().st_size // 2
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -243,9 +266,9 @@ def test_a_full_disk_costs_no_step_that_was_saved(tmp_path):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert status == 1 and "Traceback" not in said
-    assert "cannot save a checkpoint after step 4: " in said and "earlier ones are intact" in said
-    assert "going on after step 3" in succeed("cpo.py", tmp_path / "b")
-    assert_same_run(tmp_path / "a", tmp_path / "b")
+    assert re.search(r"error: cannot save a checkpoint after step 4 .*earlier ones are intact", said)
+    assert "resuming after step 3" in succeed("cpo.py", tmp_path / "b")
+    assert_same_run(uninterrupted("cpo.py"), tmp_path / "b")
 
 
 @pytest.mark.long
@@ -258,9 +281,9 @@ def test_a_disk_that_is_really_full(tmp_path):
     try:
         succeed("cpo.py", tmp_path / "a", "--save_total_limit", "9")
         status, said = run("cpo.py", disk / "b", "--save_total_limit", "9")
-        assert status == 1 and "cannot save a checkpoint" in said and "(0 MiB are free)" in said
+        assert status == 1 and re.search(r"error: cannot save a checkpoint .* \(\d MiB are free\)", said)
         subprocess.run(["mount", "-o", "remount,size=99m", disk], check=True)
-        assert "going on after step" in succeed("cpo.py", disk / "b", "--save_total_limit", "9")
+        assert "resuming after step" in succeed("cpo.py", disk / "b", "--save_total_limit", "9")
         assert_same_run(tmp_path / "a", disk / "b")
         subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
         status, said = run("cpo.py", disk / "c")
@@ -293,11 +316,25 @@ def test_numbers_that_are_not_finite_on_one_rank_skip_the_step_on_all(tmp_path, 
     assert all(line["grad_norm"] is None for line in lines if line["skipped"])
     if len(calls) == 3:
         assert status == 1 and "the gradient was not finite in three steps up to 4" in said
-        assert (tmp_path / "a" / "checkpoints" / "00000003" / "digests.json").exists()
+        assert (tmp_path / "a" / "checkpoints" / "00000003" / ".metadata").exists()
         return
     assert status == 0, said[-2000:]
     weights = load_file(tmp_path / "a" / "model.safetensors")
     assert all(tensor.isfinite().all() for tensor in weights.values())
+
+
+def test_the_threshold_of_bco_leaves_out_a_step_that_was_skipped(tmp_path):
+    """It is the mean reward of the others."""
+    flags = ("--loss_type", "bco_pair", "--eval_strategy", "no")
+    fault = {"where": "loss_and_metrics", "calls": [2], "value": float("nan")}
+    assert run("dpo.py", tmp_path / "a", *flags, fault=fault)[0] == 0
+    lines = metrics_of(tmp_path / "a")
+    assert [line["skipped"] for line in lines] == [0, 1, 0, 0]
+    rewards = [(line["rewards/chosen"] + line["rewards/rejected"]) / 2 for line in lines]
+    found = {"bco_rewards": torch.zeros(2, dtype=torch.float64)}
+    dcp.load(found, checkpoint_id=tmp_path / "a" / "checkpoints" / "00000004", no_dist=True)
+    assert found["bco_rewards"].tolist() == pytest.approx([sum(rewards) - rewards[1], 3])
+    assert rewards[1] != 0
 
 
 @pytest.mark.long

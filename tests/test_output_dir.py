@@ -1,4 +1,4 @@
-"""What a run leaves in output_dir, how the next run there is met, and where else results go."""
+"""What a run leaves in output_dir, what becomes of the next run there, and where else results go."""
 
 import json
 import signal
@@ -56,7 +56,7 @@ def test_dropout_is_off_in_training_and_as_it_was_in_what_is_saved(tmp_path):
 
 
 def test_upload(tmp_path, monkeypatch):
-    """--push_to_hub creates the repository and uploads what from_pretrained needs, not checkpoints."""
+    """--push_to_hub creates the repository and uploads what from_pretrained needs, without checkpoints."""
     import huggingface_hub
 
     calls = []
@@ -125,7 +125,32 @@ def test_an_output_dir_holds_one_run(tmp_path):
     assert (out / "mine.txt").exists()
 
 
-def test_a_run_goes_on_with_the_data_it_began_with(tmp_path):
+def test_a_run_of_another_version_is_not_resumed(tmp_path):
+    """Its files have another format: run.json has had a number for it since the second one."""
+    args = dpo.Arguments("m", dataset_name="d", output_dir=str(tmp_path))
+    common.write_run(args, finished=False)
+    common.check_output_dir(args)
+    run = json.loads((tmp_path / "run.json").read_text())
+    assert run.pop("format") == 2
+    (tmp_path / "run.json").write_text(json.dumps(run))
+    with pytest.raises(SystemExit, match="^error: .*of another version.*overwrite_output_dir$"):
+        common.check_output_dir(args)
+    args.overwrite_output_dir = True
+    common.check_output_dir(args)
+
+
+def test_a_run_does_not_overwrite_the_model_it_loads(tmp_path):
+    """Not even if that is the result of an earlier run, which --overwrite_output_dir deletes."""
+    policy, tokenizer, args = saved(tmp_path, "llama")
+    common.save_model(args, policy, tokenizer)
+    for overwrite in (False, True):
+        args = dpo.Arguments(args.output_dir, dataset_name="d", output_dir=args.output_dir)
+        args.overwrite_output_dir = overwrite
+        with pytest.raises(SystemExit, match="^error: "):
+            common.check_output_dir(args)
+
+
+def test_a_run_is_resumed_with_the_data_it_began_with(tmp_path):
     """And with fewer pairs at a time, if memory was short."""
     rows = [{"prompt": f"{i}=", "chosen": "one", "rejected": "ones"} for i in range(40)]
     data, out = tmp_path / "pairs.jsonl", tmp_path / "out"
@@ -138,7 +163,7 @@ def test_a_run_goes_on_with_the_data_it_began_with(tmp_path):
     write(rows)
     stop("dpo.py", out, *flags, after_steps=3, by=signal.SIGTERM)
     before = metrics_of(out)
-    write([*rows[:7], rows[7] | {"chosen": "seven"}, *rows[8:]])
+    write([*rows[:7], rows[7] | {"chosen": "six"}, *rows[8:]])
     result = run("dpo.py", out, *flags)
     assert result.returncode == 1 and "Traceback" not in result.stderr
     assert f"another run is in {out}: data_digest " in result.stderr
