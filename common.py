@@ -170,8 +170,7 @@ def collate(examples: list[tuple], device: torch.device, *, score_prompts: bool 
 def pack(examples: list[tuple], scored: Tensor) -> dict:
     """The fields of Batch for the fast forward pass: all tokens in one row, without padding.
 
-    The row for the picture of Batch is p1 p2 c1 c2 r1 q1 c1 r1 r2. Each prompt is there once, and each of
-    its completions attends to it. T tokens in the row; N labels that are scored.
+    For the picture of Batch, it is p1 p2 c1 c2 r1 q1 c1 r1 r2: T tokens, and each prompt once.
     """
     ids, positions, spans, places = [], [], [], []
     for prompt, *completions in examples:
@@ -204,8 +203,6 @@ def packed_attention(module, query, key, value, mask, *, spans=None, **options):
     """
     if spans is None:  # an ordinary call, such as one from generate()
         return sdpa_attention_forward(module, query, key, value, mask, **options)
-    if options.get("softcap") is not None or options.get("s_aux") is not None:
-        raise NotImplementedError("attention with a softcap or sinks")
 
     def causal(*qkv: Tensor) -> Tensor:
         length, window, mask = qkv[0].shape[2], options.get("sliding_window"), None
@@ -252,39 +249,7 @@ def choose_forward_pass(model) -> None:
     say(f"{type(model).__name__}: log-probabilities come from the {model.forward_pass} forward pass{reason}")
 
 
-# ---------------------------------------------------------------------------------------------------- batches
-
-
-def global_batches(data: Data, args: Arguments) -> np.ndarray:
-    """The row numbers of all global batches of the run, (steps, batch_size): a function of seed and epoch.
-
-    A batch is a random sample, sorted by length. Rows left over at the end of an epoch are not used.
-    """
-    rows, size, epochs = len(data.lengths), args.batch_size, []
-    if not (per_epoch := rows // size):
-        fail(f"{rows} rows do not fill a batch: --batch_size can be {rows} at most")
-    steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * per_epoch - 1e-9)
-    for epoch in range(math.ceil(steps / per_epoch)):
-        order = np.random.default_rng((args.seed, epoch)).permutation(rows)
-        order = order[: per_epoch * size].reshape(per_epoch, size)
-        short_first = data.lengths.sum(1)[order].argsort(axis=1, kind="stable")
-        epochs.append(np.take_along_axis(order, short_first, axis=1))
-    return np.concatenate(epochs)[:steps]
-
-
-def micro_batches(data: Data, rows: np.ndarray, size: int, device: torch.device) -> Iterator[Batch]:
-    """This process's part of a global batch, `size` rows at a time: equally many batches on all processes."""
-    rank, world = dist.get_rank(), dist.get_world_size()
-    mine = rows[rank::world]  # neighbours have similar lengths: every process gets some of each length
-    token_counts = dict(zip(data.tokens.column_names, data.lengths[rows].sum(0).tolist(), strict=True))
-    for start in range(0, math.ceil(len(rows) / world), size):
-        part = mine[start : start + size]
-        examples = list(zip(*data.tokens[part].values(), strict=True)) if len(part) else []
-        counts = {"rows": part, "global_pairs": len(rows), "global_tokens": token_counts}
-        yield collate(examples, device, score_prompts=data.score_prompts, **counts)
-
-
-# ------------------------------------------------------------------------------------------------------- data
+# ------------------------------------------------------------------------------------------- data and batches
 
 
 class Data(NamedTuple):
@@ -299,10 +264,9 @@ class Data(NamedTuple):
 def load_data(args: Arguments, tokenizer, completions=("chosen", "rejected"), *, score_prompts=False):
     """Training and test split as Data; None for the latter if there is none, or with eval_strategy "no".
 
-    `completions` names the columns with completions: two for pairs, one for a method that labels single
-    completions, none for a method that samples them (prompts then leave room for max_new_tokens). A prompt
-    or completion is a text, or a list of messages for the chat template. Of pairs without a column `prompt`,
-    the prompt is what both completions begin with. Other columns stay in Data.raw.
+    `completions` names their columns: two for pairs, one for single completions with a label, none for a
+    method that samples (prompts then leave room for max_new_tokens). Prompts and completions are texts, or
+    lists of messages for the chat template. Other columns stay in Data.raw.
     """
     path, columns = Path(args.dataset_name), ("prompt", *completions)
     kind = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}.get(path.suffix)
@@ -442,9 +406,8 @@ def shared_length(a: list, b: list) -> int:
 def encode(tokenizer, prompt, completion=None, *, ended: bool = True) -> list[int]:
     """Token ids of a prompt that waits for its completion, or of a prompt with its completion.
 
-    Of messages, they are what the chat template makes. Of texts: one BOS, if the tokenizer adds it or the
-    text has it; one EOS after a completion; and a prompt keeps an EOS that it has. A completion that has
-    not `ended` was cut off: it gets no end of turn and no EOS.
+    Of messages, they are what the chat template makes. Texts get one BOS, if the tokenizer adds it or the
+    text has it, and one EOS after a completion that has `ended`, which means: has not been cut off.
     """
     if isinstance(prompt, list):
         if completion and prompt[-1]["role"] == completion[0]["role"] == "assistant":  # one turn, continued
@@ -466,7 +429,36 @@ def encode(tokenizer, prompt, completion=None, *, ended: bool = True) -> list[in
     return [*ids, eos] if ends and eos is not None else ids
 
 
-# -------------------------------------------------------------------------------------------------- processes
+def global_batches(data: Data, args: Arguments) -> np.ndarray:
+    """The row numbers of all global batches of the run, (steps, batch_size): a function of seed and epoch.
+
+    A batch is a random sample, sorted by length. Rows left over at the end of an epoch are not used.
+    """
+    rows, size, epochs = len(data.lengths), args.batch_size, []
+    if not (per_epoch := rows // size):
+        fail(f"{rows} rows do not fill a batch: --batch_size can be {rows} at most")
+    steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * per_epoch - 1e-9)
+    for epoch in range(math.ceil(steps / per_epoch)):
+        order = np.random.default_rng((args.seed, epoch)).permutation(rows)
+        order = order[: per_epoch * size].reshape(per_epoch, size)
+        short_first = data.lengths.sum(1)[order].argsort(axis=1, kind="stable")
+        epochs.append(np.take_along_axis(order, short_first, axis=1))
+    return np.concatenate(epochs)[:steps]
+
+
+def micro_batches(data: Data, rows: np.ndarray, size: int, device: torch.device) -> Iterator[Batch]:
+    """This process's part of a global batch, `size` rows at a time: equally many batches on all processes."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    mine = rows[rank::world]  # neighbours have similar lengths: every process gets some of each length
+    token_counts = dict(zip(data.tokens.column_names, data.lengths[rows].sum(0).tolist(), strict=True))
+    for start in range(0, math.ceil(len(rows) / world), size):
+        part = mine[start : start + size]
+        examples = list(zip(*data.tokens[part].values(), strict=True)) if len(part) else []
+        counts = {"rows": part, "global_pairs": len(rows), "global_tokens": token_counts}
+        yield collate(examples, device, score_prompts=data.score_prompts, **counts)
+
+
+# --------------------------------------------------------------------------------------- processes and models
 
 
 def fail(message: str, *, alone: bool = False) -> NoReturn:
@@ -532,9 +524,6 @@ def start(args: Arguments) -> tuple[int, int, torch.device]:
     if rank > 0:
         datasets.disable_progress_bars()
     return rank, world, device
-
-
-# ----------------------------------------------------------------------------------------------------- models
 
 
 def from_pretrained(kind, path: str, args: Arguments, **options):
@@ -681,9 +670,8 @@ def complete(policy, tokenizer, test: Data, args: Arguments, step: int) -> tuple
     columns = {"step": [step] * len(rows)}
     columns["prompt"] = tokenizer.batch_decode(prompts, skip_special_tokens=True)
     for name, options in (("greedy", {"do_sample": False}), ("sampled", {"do_sample": True, "top_k": 0})):
-        columns[name] = decode_answers(
-            tokenizer, prompts, generate(policy, tokenizer, prompts, args, **options)
-        )
+        answers = generate(policy, tokenizer, prompts, args, **options)
+        columns[name] = decode_answers(tokenizer, prompts, answers)
     has_answers = "answer" in test.raw.column_names
     samples = gather_rows(columns | ({"answer": test.raw[rows]["answer"]} if has_answers else {}))
     metrics = {"exact_match": "greedy", "exact_match_sampled": "sampled"} if has_answers else {}
@@ -714,9 +702,8 @@ def gather_rows(columns: dict[str, list]) -> list[dict]:
 class Log:
     """Global means of metrics, to metrics.jsonl (a line for each step and evaluation), console and tracker.
 
-    A script adds the shares of its micro-batches, such as a sum over their pairs divided by the number of
-    pairs in the global batch. Shares of the same name add up, over micro-batches and processes, to the mean
-    over the global batch. After SIGTERM or SIGINT, the current step is finished, and all_reduce says so.
+    Scripts add sums over the pairs of micro-batches, divided by the number of pairs in the global batch; so
+    the sum over processes is the mean. After SIGTERM or SIGINT, a step is finished, and all_reduce says so.
     """
 
     def __init__(self, args: Arguments, first_step: int, steps: int, rows: int, device: torch.device):
@@ -738,9 +725,7 @@ class Log:
             self.shares[name] = self.shares.get(name, 0.0) + torch.as_tensor(value).detach().double()
 
     def all_reduce(self) -> tuple[dict[str, float], bool]:
-        """(metrics, interrupted): the sums of what all processes added since the last call, under the same
-        names in the same order, and whether one of them was told to stop.
-        """
+        """(sums of what all processes added since the last call, whether one of them was told to stop)."""
         shares, self.shares = self.shares | {"interrupted": torch.tensor(len(self.signals)).double()}, {}
         names = [None] * dist.get_world_size()
         dist.all_gather_object(names, [*shares])
@@ -831,18 +816,14 @@ MAY_CHANGE = """output_dir overwrite_output_dir dataset_num_proc logging_steps r
 # What overwrite_output_dir deletes; run.json last, because it tells that the rest belongs to a run.
 WRITTEN = """checkpoints metrics.jsonl completions.jsonl reference_logps_* events.out.* model*.safetensors
     model.safetensors.index.json run.json""".split()
+LAUNCH = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None  # the same after a restart by torchrun
 LOCKS: dict[Path, int] = {}  # kept open until the process ends; a notebook may start a run again
 
 
 def write_run(args: Arguments, *, finished: bool) -> None:
     """Write run.json, which says what runs in output_dir. `format` is that of all files of a run."""
-    run = {"format": 2, "finished": finished, "launch": launch(), "script": Path(sys.argv[0]).name}
+    run = {"format": 2, "finished": finished, "launch": LAUNCH, "script": Path(sys.argv[0]).name}
     replace_text(Path(args.output_dir, "run.json"), json.dumps(run | asdict(args), indent=2))
-
-
-def launch() -> int | None:
-    """What tells a restart by torchrun from a new command: the process that has started this one."""
-    return os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
 
 
 def changes_since(args: Arguments) -> str:
@@ -891,7 +872,7 @@ def claim_output_dir(args: Arguments) -> None:
         fail(f"another run is running in {args.output_dir}")
     if dist.get_rank() == 0:
         file = folder / "run.json"
-        is_restart = launch() and file.exists() and json.loads(file.read_text()).get("launch") == launch()
+        is_restart = LAUNCH and file.exists() and json.loads(file.read_text()).get("launch") == LAUNCH
         if args.overwrite_output_dir and not is_restart:
             for path in [path for name in WRITTEN for path in folder.glob(name)]:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -993,9 +974,7 @@ class Arguments:
     model_name_or_path: str | None = arg(None, "the policy: a Hub name or a directory [the built-in example]")
     model_revision: str = arg("main", "branch, tag or commit of the model on the Hub")
     trust_remote_code: bool = arg(False, "run the model's code, and load weights not in safetensors")
-    dtype: Literal["float32", "bfloat16", "float64"] = arg(
-        "float32", "dtype of the weights that AdamW updates"
-    )
+    dtype: Literal["float32", "bfloat16", "float64"] = arg("float32", "dtype of the trained weights")
     dataset_name: str | None = arg(None, "a Hub name, a directory, or a json, jsonl, csv or parquet file")
     dataset_config: str | None = arg(None, "configuration of the dataset")
     dataset_train_split: str = arg("train", "split to train on")
@@ -1005,19 +984,15 @@ class Arguments:
     output_dir: str | None = arg(None, "where results go; a disk that all nodes see [output/<script>]")
     overwrite_output_dir: bool = arg(False, "start anew: delete the earlier run in output_dir")
     learning_rate: float = arg(1e-6, "peak learning rate of AdamW")
-    lr_scheduler_type: Literal["linear", "cosine", "constant"] = arg(
-        "linear", "decay of the learning rate after the warm-up"
-    )
+    lr_scheduler_type: Literal["linear", "cosine", "constant"] = arg("linear", "decay after the warm-up")
     warmup_steps: float = arg(0.1, "steps of linear warm-up; below 1: a share of all steps")
     num_train_epochs: float = arg(1.0, "passes over the training pairs")
     max_steps: int = arg(-1, "if positive, optimizer steps, instead of num_train_epochs")
     batch_size: int | None = arg(None, "pairs per optimizer step, over all processes [64]")
-    gradient_accumulation_steps: int | None = arg(
-        None, "sets batch_size: this x per_device_train_batch_size x processes"
-    )
+    gradient_accumulation_steps: int | None = arg(None, "instead of batch_size: passes per step")
     per_device_train_batch_size: int = arg(8, "pairs per forward pass, at most")
     per_device_eval_batch_size: int = arg(
-        8, "pairs per forward pass in evaluation; also prompts per call of generate()"
+        8, "pairs per forward pass, and prompts per generate(), in evaluation"
     )
     weight_decay: float = arg(0.0, "weight decay of AdamW, on all parameters")
     adam_beta1: float = arg(0.9, "AdamW's decay of the gradient's running mean")
@@ -1031,9 +1006,7 @@ class Arguments:
     eval_prompts: int = arg(8, "test prompts that an evaluation completes, greedily and by sampling")
     max_new_tokens: int = arg(128, "tokens of a generated completion, at most")
     logging_steps: int = arg(10, "steps between reports of metrics; metrics.jsonl has every step")
-    report_to: Literal["none", "tensorboard", "wandb", "trackio"] = arg(
-        "none", "tracker that also gets the metrics"
-    )
+    report_to: Literal["none", "tensorboard", "wandb", "trackio"] = arg("none", "tracker of metrics")
     run_name: str | None = arg(None, "name of the run in the tracker of report_to")
     save_steps: int = arg(500, "steps between checkpoints; the last step also has one")
     save_total_limit: int = arg(2, "checkpoints to keep")

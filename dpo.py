@@ -13,7 +13,7 @@ held-out pairs to 0.58, the margin between the rewards to 0.24 and the accuracy 
 
 Differs from the paper: AdamW with linear decay of the learning rate, instead of RMSprop without decay.
 Differs from the authors' code: sequences are packed instead of padded, which changes no result, and prompts
-are never cut. The losses and options of DPO's relatives follow the training loop; a reader of DPO can skip them.
+are never cut. DPO's relatives, their losses and options, follow the training loop; a first reader skips them.
 
     python dpo.py                                     the built-in example, about a minute on a laptop
     torchrun --nproc_per_node 8 dpo.py --model_name_or_path Qwen/Qwen2-0.5B-Instruct \
