@@ -474,7 +474,9 @@ def one_line(what: str) -> Iterator[None]:
     try:
         yield
     except (Exception, CheckpointException) as error:  # the latter is no Exception
-        fail(f"{what}: {first_line(error.__cause__ or error)}")
+        if isinstance(error, datasets.exceptions.DatasetGenerationError):
+            error = error.__cause__ or error  # it only says that an error occurred
+        fail(f"{what}: {first_line(error)}")
 
 
 def first_line(error: BaseException) -> str:

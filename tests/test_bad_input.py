@@ -81,7 +81,6 @@ WRONG = [  # method, flags, what is said
     ("dpo", "--loss_type aot --per_device_train_batch_size 4", "aot needs the batch at once"),
     ("dpo", "--ld_alpha 0.5 --loss_type ipo", "ipo, sigmoid_norm, sft average"),
     ("dpo", "--gradient_accumulation_steps 2 --batch_size 8", "give one of them"),
-    ("dpo", "--bf16 true --dtype float64", "with --dtype float64 it has to be false"),
     ("cpo", "--simpo_gamma 1", "simpo_gamma is for simpo, alphapo only"),
     ("cpo", "--loss_type ipo --label_smoothing 0.1", "label_smoothing must be in [0, 0.5), and is for"),
     ("xpo", "--model_name_or_path m --dataset_name d", "give --reward_model_path or --judge"),
@@ -93,7 +92,7 @@ WRONG = [  # method, flags, what is said
     ("xpo", "--judge nowhere.py:judge", "nowhere.py is no such file"),
     ("xpo", "--judge {dir}/judge.py:nobody", "there is no function nobody in"),
     ("xpo", "--judge {dir}/judge.py:f --reward_model_path m", "give --reward_model_path or --judge"),
-    ("xpo", "--max_new_tokens 2000", "has to exceed max_new_tokens"),
+    ("xpo", "--max_new_tokens 2000", "must exceed max_new_tokens"),
     ("dpo", "--report_to trackio", "pip install trackio"),
     ("orpo", "--push_to_hub", "--push_to_hub: "),  # no network, or no token
     # Files and models.
@@ -132,7 +131,7 @@ WRONG = [  # method, flags, what is said
     ("xpo", "--reward_model_path {dir}/two", "has 2 outputs; a reward model has one"),
     ("xpo", "--reward_model_path {dir}/no_template", "reward model's tokenizer has no chat template"),
     # Data.
-    ("dpo", "{model} {dir}/nowhere.jsonl", "there is no file {dir}/nowhere.jsonl"),
+    ("dpo", "{model} {dir}/nowhere.jsonl", "cannot load the dataset {dir}/nowhere.jsonl: "),
     ("dpo", "{model} {dir}/malformed.jsonl", "cannot load the dataset {dir}/malformed.jsonl: "),
     ("cpo", "{model} {dir}/empty.jsonl", "cannot load the dataset"),
     (

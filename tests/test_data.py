@@ -257,7 +257,7 @@ def test_bos_stands_for_an_empty_prompt(name):
     assert row["rejected"] == [*ids("no", tok), tok.eos_token_id]
     if name == "toy":
         tok.bos_token = None
-        assert "BOS" in tokenize_pair(pair("", "yes", "no"), tok, 99)["problem"]
+        assert "no tokens" in tokenize_pair(pair("", "yes", "no"), tok, 99)["problem"]
 
 
 IMPLICIT = [  # the prompt, and what follows it in both completions
@@ -450,7 +450,7 @@ def test_empty_prompts_are_not_sampled_from():
     tok = tokenizer()
     tok.backend_tokenizer.normalizer = Strip()
     for prompt in ("", " \n"):  # of which the second one has no tokens
-        assert tokenize({"prompt": prompt}, tok, (), 16, room=10)["problem"].startswith("the prompt is empty")
+        assert tokenize({"prompt": prompt}, tok, (), 16, room=10)["problem"]
 
 
 TURN, NOTHING = user("a") + answer("b"), user("a") + answer("")
@@ -465,7 +465,7 @@ def test_empty_completions_are_found(prompt, chosen, rejected):
 
 def test_conversations_that_share_no_message_have_no_prompt():
     problem = tokenize_pair(pair(None, user("1") + answer("a"), user("2") + answer("b")), TOY, 99)["problem"]
-    assert "the prompt is empty" in problem or "share" in problem
+    assert "there is no prompt" in problem
 
 
 @pytest.mark.parametrize("prompt", ["", "a</s>"])

@@ -24,7 +24,7 @@ import common
 import xpo
 from common import TOY_MODEL
 from dpo import dpo_loss
-from xpo import at, load_judge, load_scorer, sample, xpo_loss
+from xpo import load_judge, load_scorer, sample, value_in, xpo_loss
 
 
 def double(*numbers):
@@ -73,7 +73,7 @@ def test_what_is_not_defined_is_refused(options):
 
 
 def test_the_last_value_of_a_schedule_holds():
-    assert [at([0.1, 0.2, 0.3], epoch) for epoch in range(5)] == [0.1, 0.2, 0.3, 0.3, 0.3]
+    assert [value_in([0.1, 0.2, 0.3], epoch) for epoch in range(5)] == [0.1, 0.2, 0.3, 0.3, 0.3]
 
 
 # ----------------------------------------------------------------------------------------- the samples
