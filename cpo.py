@@ -10,8 +10,9 @@ The first term is averaged over pairs. Imitation is averaged over all chosen tok
 authors' code; the paper writes the sum over a pair's tokens. CPO-SimPO is SimPO with a cpo_alpha above 0.
 Differs from the authors' code: sequences are packed instead of padded, which changes no result.
 
-What to expect: without a reference there is no common start; the first loss says how well the policy already
-orders the pairs. CPO_EXPECT
+What to expect: without a reference, the first loss and accuracy say how well the policy orders the pairs
+already. In the built-in example, 100 steps take the loss on held-out pairs from 0.68 to 0.01 and the accuracy
+from 0.49 to 1.00; with SimPO, the loss from 1.54 to 1.41 and the accuracy from 0.65 to 1.00.
 
     python cpo.py                                     the built-in example, about a minute on a laptop
     torchrun --nproc_per_node 8 cpo.py --loss_type simpo --model_name_or_path Qwen/Qwen2-0.5B-Instruct \
