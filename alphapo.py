@@ -7,12 +7,13 @@ bends that function.
     r(t) = (1 - e^(-αt)) / α                           eq. 4; r(t) = t, so SimPO, at α = 0
     loss = -log σ(β r(t_w) - β r(t_l) - γ)             the mean over pairs
 
-The slope r'(t) = e^(-αt) is what α is for. All t are below 0, and the less likely an answer the lower its t:
+The slope r'(t) = e^(-αt) says how hard an answer is pushed. All t are negative; unlikely answers have the
+lowest ones.
 
-    α > 0   It grows for unlikely answers, which are pushed hardest: rejected ones further down, but also a
-            chosen one that has become unlikely back up.
-    α = 0   It is 1: SimPO pushes all answers alike.
-    α < 0   It vanishes for unlikely answers, which are left alone: r stays between -1/|α| and 0.
+    α > 0   The slope is larger for unlikely answers. Rejected answers are pushed further down, but a chosen
+            answer that has become unlikely is also pushed back up.
+    α = 0   The slope is 1: SimPO pushes all answers alike.
+    α < 0   The slope vanishes for unlikely answers, which are left alone: r stays between -1/|α| and 0.
 
 What to expect: without a reference, the first loss and accuracy say how well the policy orders the pairs
 already. In the built-in example, 100 steps take the loss on held-out pairs from 0.70 to 0.63 and the accuracy

@@ -12,8 +12,8 @@ authors' code by default; --no_prompt_loss leaves the prompts out, as the paper 
 authors' code: sequences are packed instead of padded, and log(1 - p) is exact for p near 1.
 
 What to expect: without a reference, the first loss and accuracy say how well the policy imitates and orders
-the pairs already. In the built-in example, 100 steps take the loss on held-out pairs from 1.15 to 0.22 and the
-accuracy from 0.65 to 1.00.
+the pairs already. In the built-in example, 100 steps take the loss on held-out pairs from 1.15 to 0.22 and
+the accuracy from 0.65 to 1.00.
 
     python orpo.py                                    the built-in example, about a minute on a laptop
     torchrun --nproc_per_node 8 orpo.py --model_name_or_path Qwen/Qwen2-0.5B-Instruct \
