@@ -944,9 +944,13 @@ def save_model(args: Arguments, policy, tokenizer) -> None:
         # Tied weights are saved under one name.
         weights = {name: w for name, w in weights.items() if name not in policy.all_tied_weights_keys}
         policy.config.update(policy.original_dropout)
-        hub = {"push_to_hub": args.push_to_hub, "repo_id": args.hub_model_id or Path(args.output_dir).name}
-        policy.save_pretrained(args.output_dir, state_dict=weights, **hub)
-        tokenizer.save_pretrained(args.output_dir, **hub)
+        policy.save_pretrained(args.output_dir, state_dict=weights)
+        tokenizer.save_pretrained(args.output_dir)
+        if args.push_to_hub:
+            hub, name = huggingface_hub.HfApi(), args.hub_model_id or Path(args.output_dir).name
+            name = hub.create_repo(name, exist_ok=True).repo_id
+            ignored = ["checkpoints/*", "*.npy", "completions.jsonl", "run.json", "events.out.*"]
+            hub.upload_folder(repo_id=name, folder_path=args.output_dir, ignore_patterns=ignored)
         write_run(args, finished=True)
         say(f"finished: the model is in {args.output_dir}")
     dist.barrier()
