@@ -846,8 +846,9 @@ def check_output_dir(args: Arguments) -> None:
     there = next(path for path in (folder, *folder.parents) if path.exists())
     if not there.is_dir() or not os.access(there, os.W_OK):
         fail(f"cannot write to --output_dir {args.output_dir}")
-    if not file.exists() and (folder / "config.json").exists():
-        fail(f"--output_dir {args.output_dir} has a model, which would be overwritten")
+    for name, path in asdict(args).items():
+        if name.endswith("_path") and path and Path(path).resolve() == folder.resolve():
+            fail(f"--output_dir is where --{name} is, which would be overwritten")
     if args.overwrite_output_dir or not file.exists():
         return
     if changes := changes_since(args):
