@@ -163,11 +163,11 @@ import common, dpo
 args = dpo.Arguments(model_name_or_path=common.TOY_MODEL, dataset_name=sys.argv[2], output_dir=sys.argv[3])
 rss = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 common.start(args)
-tokenizer = common.load_tokenizer(args)
+tokenizer = common.load_tokenizer(common.TOY_MODEL, args)
 before, start = rss(), time.perf_counter()
-train, _ = common.load_pairs(args, tokenizer)
-batches = common.global_batches(train.lengths, args)
-rows = train.rows[batches[0]]
+train, _ = common.load_data(args, tokenizer)
+batches = common.global_batches(train, args)
+rows = train.tokens[batches[0]]
 print("result", time.perf_counter() - start, rss() - before)
 """
 
