@@ -176,9 +176,7 @@ def main(args: Arguments) -> None:
 
         done = step + 1
         if done == len(batches) or interrupted or done % args.save_steps == 0:
-            common.save_checkpoint(args, policy, optimizer, done, {})
-        if interrupted:
-            common.stop_interrupted(done)
+            common.save_checkpoint(args, policy, optimizer, done, {}, interrupted=interrupted)
         if test is not None and log.evaluation_due(done):
             evaluate(policy, tokenizer, test, args, log, done)
     common.save_model(args, policy, tokenizer)

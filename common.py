@@ -1,7 +1,7 @@
 """What the scripts share. Each script has its own losses, its own training step and its own training loop.
 
 To understand a training step, read the first section: the batch, and log π of every token in it. The second
-section computes the same numbers faster. xpo.py also needs the sections on data and generation.
+computes the same numbers faster. xpo.py also needs the functions for data and generation.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ import shutil
 import signal
 import sys
 import time
-from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
@@ -38,9 +37,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.distributed.checkpoint.state_dict as dsd
 import transformers
-from datasets.fingerprint import Hasher
 from torch import Tensor
-from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils._pytree import tree_map_only
@@ -49,11 +46,9 @@ from tqdm import tqdm
 from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, AutoModelForCausalLM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
 
 # ------------------------------------------------------------------------------------------ log-probabilities
-
-
 @dataclass
 class Batch:
     """B prompts, each with a chosen and a rejected completion, as 2B rows of tokens, padded on the right.
@@ -96,7 +91,7 @@ def label_logps(logits: Tensor, labels: Tensor) -> Tensor:
     return logps.gather(-1, labels.unsqueeze(-1)).squeeze(-1)
 
 
-# At most so many tokens, and so many logits, go through the head at once.
+# At most this many tokens, and this many logits, go through the head at once.
 CHUNK_TOKENS, CHUNK_LOGITS = 1024, 2**26
 
 
@@ -105,7 +100,7 @@ def token_logps(model, batch: Batch, *, of: Callable[[Tensor, Tensor], Tensor] =
 
     The packed forward pass saves the padding and the second pass over each prompt (next section), and does
     not keep the logits: it applies the head to one chunk of tokens at a time, and again in the backward pass.
-    `of` is the function of logits (N, V) and labels (N,) that is wanted: (N,), or (N, k) for (2B, L, k).
+    `of` maps logits (N, V) and labels (N,) to (N,) or (N, k); the result is (2B, L) or (2B, L, k).
     """
     rows, columns = batch.padded_index  # of the N labels that are scored
     if model.forward_pass == "packed":
@@ -140,8 +135,7 @@ def logits_of(model, hidden: Tensor) -> Tensor:
 
 def collate(examples: list[tuple], device: torch.device, *, score_prompts: bool = False, **counts) -> Batch:
     """A Batch of examples (prompt, chosen, rejected) of token ids; `counts` are its last fields."""
-    # All processes must run a sharded model equally often. One without examples feeds it a token that has no
-    # label, and so adds nothing to losses and metrics.
+    # All processes must run a sharded model equally often: without examples, on a token that has no label.
     inputs = examples or [([0], [0])]
     sequences = [(prompt, y) for prompt, *completions in inputs for y in completions]
     tokens = [torch.tensor([*prompt, *y]) for prompt, y in sequences]
@@ -158,20 +152,15 @@ def collate(examples: list[tuple], device: torch.device, *, score_prompts: bool 
     fields = {"labels": tokens[labeled, 1:], "completions": completions[labeled], "scored": scored[labeled]}
     fields["inputs"] = {"input_ids": tokens[:, :-1], "attention_mask": has_label.long()}
     fields |= pack(inputs, scored[labeled])
-
     if device.type == "cuda":  # without making the host wait
         fields = tree_map_only(Tensor, lambda x: x.pin_memory().to(device, non_blocking=True), fields)
     return Batch(**fields, **counts)
 
 
 # -------------------------------------------------------------------------------------- the fast forward pass
-
-
 def pack(examples: list[tuple], scored: Tensor) -> dict:
-    """The fields of Batch for the fast forward pass: all tokens in one row, without padding.
-
-    For the picture of Batch, it is p1 p2 c1 c2 r1 q1 c1 r1 r2: T tokens, and each prompt once.
-    """
+    """The fields of Batch for the fast forward pass: all tokens in one row, without padding."""
+    # For the picture of Batch, it is p1 p2 c1 c2 r1 q1 c1 r1 r2: T tokens, and each prompt once.
     ids, positions, spans, places = [], [], [], []
     for prompt, *completions in examples:
         start, prompt_end = len(ids), len(ids) + len(prompt)
@@ -196,11 +185,9 @@ def pack(examples: list[tuple], scored: Tensor) -> dict:
 
 
 def packed_attention(module, query, key, value, mask, *, spans=None, **options):
-    """An attention function for transformers: q, k, v (1, heads, T, size) -> (1, T, heads, size).
-
-    A completion attends to its prompt and to itself. Prompt and chosen completion are one causal call. A copy
-    of the prompt and the rejected completion are another one, of which only the completion's part is kept.
-    """
+    """An attention function for transformers: q, k, v (1, heads, T, size) -> (1, T, heads, size)."""
+    # A completion attends to its prompt and to itself. Prompt and chosen completion are one causal call. A
+    # copy of the prompt and the rejected completion are another one, whose completion part is kept.
     if spans is None:  # an ordinary call, such as one from generate()
         return sdpa_attention_forward(module, query, key, value, mask, **options)
 
@@ -226,10 +213,8 @@ AttentionMaskInterface.register("packed", sdpa_mask)  # ordinary calls get their
 
 @torch.no_grad()
 def choose_forward_pass(model) -> None:
-    """Set model.forward_pass to "packed" if that gives the numbers of plain_token_logps, else to "padded".
-
-    Not all architectures call the attention function, and some do more to hidden states than logits_of.
-    """
+    """Set model.forward_pass to "packed" if that gives the numbers of plain_token_logps, else to "padded"."""
+    # Not all architectures call the attention function, and some do more to hidden states than logits_of.
     examples = [([1, 2, 3, 4, 5], [1, 3, 2], [4, 4, 1, 2, 5, 3]), ([2], [5], [3, 1, 4, 1, 5, 2, 4])]
     batch, attention = collate(examples, model.device, global_pairs=2), model.config._attn_implementation
     want, reason, config = plain_token_logps(model, batch), "", model.config.get_text_config()
@@ -250,8 +235,6 @@ def choose_forward_pass(model) -> None:
 
 
 # ------------------------------------------------------------------------------------------- data and batches
-
-
 class Data(NamedTuple):
     """A split of a dataset: its rows as read and as tokens, without the rows that cannot be used."""
 
@@ -262,12 +245,10 @@ class Data(NamedTuple):
 
 
 def load_data(args: Arguments, tokenizer, completions=("chosen", "rejected"), *, score_prompts=False):
-    """Training and test split as Data; None for the latter if there is none, or with eval_strategy "no".
-
-    `completions` names their columns: two for pairs, one for single completions with a label, none for a
-    method that samples (prompts then leave room for max_new_tokens). Prompts and completions are texts, or
-    lists of messages for the chat template. Other columns stay in Data.raw.
-    """
+    """Training and test split as Data; None for the latter if there is none, or with eval_strategy "no"."""
+    # `completions` names their columns: two for pairs, one for single completions with a label, none for a
+    # method that samples (prompts then leave room for max_new_tokens). Prompts and completions are texts, or
+    # lists of messages for the chat template. Other columns stay in Data.raw.
     path, columns = Path(args.dataset_name), ("prompt", *completions)
     kind = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}.get(path.suffix)
     options = {"data_files": glob.escape(str(path))} if kind else {"name": args.dataset_config}
@@ -304,7 +285,8 @@ def tokenize_split(raw, name: str, args: Arguments, tokenizer, columns: tuple, s
     map_options = dict(features=datasets.Features(features), remove_columns=raw.column_names)
     # The default fingerprint of `map` does not see that the code of a function has changed.
     code = Path(__file__).read_text() if Path(__file__).is_file() else ""
-    map_options |= dict(new_fingerprint=Hasher.hash([raw._fingerprint, code, [*options.values()]]))
+    described = [raw._fingerprint, code, [*options.values()]]
+    map_options |= dict(new_fingerprint=datasets.fingerprint.Hasher.hash(described))
     is_first = int(os.environ.get("LOCAL_RANK", 0)) == 0
     if not is_first:  # wait for the first process of this machine, then find its work in the cache
         dist.barrier()
@@ -312,7 +294,6 @@ def tokenize_split(raw, name: str, args: Arguments, tokenizer, columns: tuple, s
         tokens = raw.map(tokenize, fn_kwargs=options, num_proc=args.dataset_num_proc, **map_options)
     if is_first:
         dist.barrier()
-
     problems = tokens.data.column("problem")
     found = problems.filter(pc.not_equal(problems, "")).value_counts().to_pylist()
     for problem in found:
@@ -331,10 +312,7 @@ def tokenize_split(raw, name: str, args: Arguments, tokenizer, columns: tuple, s
 
 
 def tokenize(row: dict, tokenizer, completions: list[str], max_length: int, room: int) -> dict:
-    """Token ids of a row's `prompt` and completions, or the `problem` that rules the row out.
-
-    Completions are cut at max_length. A row whose prompt leaves less than `room` for them is dropped.
-    """
+    """Token ids of a row's `prompt` and completions, cut at max_length, or the `problem` that forbids it."""
     result = {name: [] for name in ("prompt", *completions)} | {"problem": "", "straddles": False}
     for name in {"prompt", "chosen", "rejected", *completions} & {*row}:
         parts = row[name] if isinstance(row[name], list) else [{}]
@@ -378,10 +356,8 @@ def tokenize(row: dict, tokenizer, completions: list[str], max_length: int, room
 
 
 def split_prompt(row: dict, completions: list[str] | None = None) -> list:
-    """[prompt, *completions] of a row, all texts or all lists of messages; by default, of the row's own pair.
-
-    Where a pair has no prompt of its own, that is what both completions begin with: whole words, or messages.
-    """
+    """[prompt, *completions] of a row, all texts or all lists of messages; by default of the row's pair."""
+    # Without a prompt, a pair's shared beginning, in whole words or messages, is its prompt.
     names = completions or [name for name in ("chosen", "rejected") if row.get(name)]
     prompt, answers = row.get("prompt"), [row[name] for name in names]
     if isinstance(prompt, list):
@@ -404,20 +380,17 @@ def shared_length(a: list, b: list) -> int:
 
 
 def encode(tokenizer, prompt, completion=None, *, ended: bool = True) -> list[int]:
-    """Token ids of a prompt that waits for its completion, or of a prompt with its completion.
-
-    Of messages, they are what the chat template makes. Texts get one BOS, if the tokenizer adds it or the
-    text has it, and one EOS after a completion that has `ended`, which means: has not been cut off.
-    """
+    """Token ids of a prompt that waits for its completion, or of a prompt with its completion."""
+    # Of messages, they are what the chat template makes. Texts get one BOS, if the tokenizer adds it or the
+    # text has it, and one EOS after a completion that has `ended`, which means: has not been cut off.
     if isinstance(prompt, list):
         if completion and prompt[-1]["role"] == completion[0]["role"] == "assistant":  # one turn, continued
             content = [turn.get("content") or "" for turn in (prompt[-1], completion[0])]
             prompt, completion = [*prompt[:-1], prompt[-1] | {"content": "".join(content)}], completion[1:]
         messages = [{k: v for k, v in m.items() if v is not None} for m in prompt + (completion or [])]
         is_open = messages[-1]["role"] == "assistant" and (completion is None or not ended)
-        asks = completion is None and not is_open
-        options = {"continue_final_message": is_open, "add_generation_prompt": asks, "return_dict": False}
-        return tokenizer.apply_chat_template(messages, **options)
+        how = {"continue_final_message": is_open, "add_generation_prompt": completion is None and not is_open}
+        return tokenizer.apply_chat_template(messages, return_dict=False, **how)
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     ids = tokenizer(prompt + (completion or ""))["input_ids"]
     if ids[:2] == [bos, bos]:  # one is the tokenizer's, one the text's own
@@ -430,17 +403,15 @@ def encode(tokenizer, prompt, completion=None, *, ended: bool = True) -> list[in
 
 
 def global_batches(data: Data, args: Arguments) -> np.ndarray:
-    """The row numbers of all global batches of the run, (steps, batch_size): a function of seed and epoch.
-
-    A batch is a random sample, sorted by length. Rows left over at the end of an epoch are not used.
-    """
+    """The row numbers of all global batches of the run, (steps, batch_size): a function of seed and epoch."""
+    # A batch is a random sample, sorted by length. Rows left over at the end of an epoch are not used.
     rows, size, epochs = len(data.lengths), args.batch_size, []
     if not (per_epoch := rows // size):
         fail(f"{rows} rows do not fill a batch: --batch_size can be {rows} at most")
     steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * per_epoch - 1e-9)
     for epoch in range(math.ceil(steps / per_epoch)):
-        order = np.random.default_rng((args.seed, epoch)).permutation(rows)
-        order = order[: per_epoch * size].reshape(per_epoch, size)
+        order = np.random.default_rng((args.seed, epoch)).permutation(rows)[: per_epoch * size]
+        order = order.reshape(per_epoch, size)
         short_first = data.lengths.sum(1)[order].argsort(axis=1, kind="stable")
         epochs.append(np.take_along_axis(order, short_first, axis=1))
     return np.concatenate(epochs)[:steps]
@@ -459,8 +430,6 @@ def micro_batches(data: Data, rows: np.ndarray, size: int, device: torch.device)
 
 
 # --------------------------------------------------------------------------------------- processes and models
-
-
 def fail(message: str, *, alone: bool = False) -> NoReturn:
     """Exit with a line on stderr from the first process of each machine, or, `alone`, from this one."""
     if "--traceback" in sys.argv:
@@ -473,7 +442,7 @@ def one_line(what: str) -> Iterator[None]:
     """Turn an exception in the block into fail(what: ...)."""
     try:
         yield
-    except (Exception, CheckpointException) as error:  # the latter is no Exception
+    except (Exception, dcp.CheckpointException) as error:  # the latter is no Exception
         if isinstance(error, datasets.exceptions.DatasetGenerationError):
             error = error.__cause__ or error  # it only says that an error occurred
         fail(f"{what}: {first_line(error)}")
@@ -481,7 +450,7 @@ def one_line(what: str) -> Iterator[None]:
 
 def first_line(error: BaseException) -> str:
     """The first line of an exception; of a CheckpointException, that of its first failure."""
-    if isinstance(error, CheckpointException):
+    if isinstance(error, dcp.CheckpointException):
         error = next(iter(error.failures.values()))[0]
     return str(error).strip().split("\n")[0] or type(error).__name__
 
@@ -512,13 +481,11 @@ def start(args: Arguments) -> tuple[int, int, torch.device]:
     if args.push_to_hub:
         with one_line("--push_to_hub"):  # fail now, not after training, if nothing could be uploaded
             huggingface_hub.HfApi().whoami()
-
     # The others wait while the first process tokenizes, perhaps for longer than the default timeout.
     timeout = timedelta(hours=2)
     store = next(dist.rendezvous("env://", timeout=timeout))[0] if "RANK" in os.environ else dist.HashStore()
     if os.environ.get("LOCAL_WORLD_SIZE") == str(world):
-        # torchrun restarts processes with a store that still has the addresses of the dead ones. (On several
-        # nodes, each counts its own restarts: there, TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 makes a new store.)
+        # torchrun restarts processes with a store that still has the addresses of the dead ones.
         store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"  # gloo for Python objects
     dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
@@ -541,7 +508,7 @@ def load_tokenizer(path: str, args: Arguments):
     """The tokenizer of a model, if these scripts can train or score with that model."""
     tokenizer = from_pretrained(transformers.AutoTokenizer, path, args)
     config = from_pretrained(AutoConfig, path, args)
-    known = config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or args.trust_remote_code
+    known = type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING or args.trust_remote_code
     if config.is_encoder_decoder or not known or getattr(config, "vision_config", None):
         fail(f"{path} is of type {config.model_type}, not a language model with a decoder alone")
     if tokenizer.eos_token_id is None:
@@ -552,11 +519,9 @@ def load_tokenizer(path: str, args: Arguments):
 
 
 def load_model(path: str, args: Arguments, device: torch.device, *, trainable: bool, updated: bool = False):
-    """A causal language model, sharded over all processes, with the method `token_logps` of this file.
-
-    Dropout is off, so that policy and reference agree exactly before the first step. Weights that are neither
-    trained nor `updated` in another way are kept in bfloat16 if args.bf16 says to compute in it.
-    """
+    """A causal language model, sharded over all processes, with the method `token_logps` of this file."""
+    # Dropout is off, so that policy and reference agree exactly before the first step. Weights that are
+    # neither trained nor `updated` in another way are kept in bfloat16 if args.bf16 says to compute in it.
     config = from_pretrained(AutoConfig, path, args).to_dict()
     dropout = {name: value for name, value in config.items() if "drop" in name and isinstance(value, float)}
     options = {"dtype": getattr(torch, args.dtype)} | dict.fromkeys(dropout, 0.0)
@@ -606,8 +571,6 @@ def set_learning_rate(optimizer, step: int, steps: int, args: Arguments) -> floa
 
 
 # ------------------------------------------------------------------------------------------------- generation
-
-
 @contextmanager
 def gathered(model, args: Arguments) -> Iterator[bool]:
     """Gather the weights once for a whole generation, if they fit into memory; yields whether they do."""
@@ -622,7 +585,7 @@ def gathered(model, args: Arguments) -> Iterator[bool]:
     for part in parts:
         part.unshard()
         # Remove the hooks that would gather and shard the weights again at every layer of every token.
-        part._forward_pre_hooks, part._forward_hooks = OrderedDict(), OrderedDict()
+        part._forward_pre_hooks, part._forward_hooks = {}, {}
     yield bool(fits)
     for part, (before, after) in zip(parts, hooks, strict=True):
         part._forward_pre_hooks, part._forward_hooks = before, after
@@ -699,13 +662,11 @@ def gather_rows(columns: dict[str, list]) -> list[dict]:
 
 
 # -------------------------------------------------------------------------------------------------------- log
-
-
 class Log:
     """Global means of metrics, to metrics.jsonl (a line for each step and evaluation), console and tracker.
 
     Scripts add sums over the pairs of micro-batches, divided by the number of pairs in the global batch; so
-    the sum over processes is the mean. After SIGTERM or SIGINT, a step is finished, and all_reduce says so.
+    the sum over processes is the mean. After SIGTERM or SIGINT, all_reduce says so at the end of the step.
     """
 
     def __init__(self, args: Arguments, first_step: int, steps: int, rows: int, device: torch.device):
@@ -766,10 +727,9 @@ class Log:
 
     def write(self, step: int, metrics: dict[str, float], report: bool, samples: list[dict] = ()) -> None:
         if report:
-            values = " ".join(f"{name} {value:.4g}" for name, value in metrics.items())
-            say(f"step {step}/{self.steps} {values}")
-        if report and self.tracker:
-            self.tracker.log(metrics, step=step)
+            say(f"step {step}/{self.steps} " + " ".join(f"{name} {x:.4g}" for name, x in metrics.items()))
+            if self.tracker:
+                self.tracker.log(metrics, step=step)
         if self.is_main:
             strict = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
             with one_line(f"cannot write the metrics of step {step}; the checkpoints are intact"):
@@ -783,17 +743,16 @@ class Log:
 
 
 def reopen(path: Path, first_step: int) -> TextIO:
-    """Open a file of JSON lines to append to, without those that a run resumed at first_step writes again."""
+    """Open a file of JSON lines to append to, after removing those that a resumed run will write again."""
     lines = path.read_text().split("\n")[:-1] if path.exists() else []  # a line without an end is torn
-    rows = [json.loads(line) for line in lines]
     # A step's own line is written before its checkpoint, an evaluation of that step after it.
-    kept = [row for row in rows if row["step"] < first_step + ("loss" in row)]
+    kept = [row for row in map(json.loads, lines) if row["step"] < first_step + ("loss" in row)]
     replace_text(path, "".join(json.dumps(row) + "\n" for row in kept))
     return path.open("a", buffering=1)
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Write a file by an atomic rename: whatever happens, it has its old content or the new."""
+    """Write a file by an atomic rename: a killed process leaves its old content or the new."""
     path.with_suffix(".tmp").write_text(text)
     path.with_suffix(".tmp").replace(path)
 
@@ -810,7 +769,6 @@ def open_tracker(args: Arguments):
 
 
 # ------------------------------------------------------------------------------------------------ checkpoints
-
 # Flags that may differ on resume; those in the second line change rounding, and so perhaps what is sampled.
 MAY_CHANGE = """output_dir overwrite_output_dir dataset_num_proc logging_steps report_to run_name
     per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps gradient_checkpointing
@@ -828,18 +786,6 @@ def write_run(args: Arguments, *, finished: bool) -> None:
     replace_text(Path(args.output_dir, "run.json"), json.dumps(run | asdict(args), indent=2))
 
 
-def changes_since(args: Arguments) -> str:
-    """What forbids to resume the run in output_dir with these arguments and data; "" if nothing does."""
-    old, new = json.loads(Path(args.output_dir, "run.json").read_text()), asdict(args)
-    if old.get("format") != 2:
-        return "one of another version of this program"
-    new["script"] = Path(sys.argv[0]).name
-    if args.data_digest is None:  # before the data are loaded
-        new.pop("data_digest")
-    differ = [name for name in new if name not in MAY_CHANGE and old.get(name) != new[name]]
-    return ", ".join(f"{name} {old.get(name)} (now {new[name]})" for name in differ)
-
-
 def check_output_dir(args: Arguments) -> None:
     """End the program unless this run can begin or resume in output_dir."""
     folder, file = Path(args.output_dir).absolute(), Path(args.output_dir, "run.json")
@@ -851,10 +797,13 @@ def check_output_dir(args: Arguments) -> None:
             fail(f"--output_dir is where --{name} is, which would be overwritten")
     if args.overwrite_output_dir or not file.exists():
         return
-    if changes := changes_since(args):
-        way_out = "choose another --output_dir, or --overwrite_output_dir"
-        fail(f"another run is in {args.output_dir}: {changes}; {way_out}")
-    if json.loads(file.read_text())["finished"]:
+    old, new = json.loads(file.read_text()), {"script": Path(sys.argv[0]).name} | asdict(args)
+    may_change = MAY_CHANGE + ["data_digest"] * (args.data_digest is None)  # before the data are loaded
+    differ = [name for name in new if name not in may_change and old.get(name) != new[name]]
+    changes = ", ".join(f"{name} {old.get(name)} (now {new[name]})" for name in differ)
+    if changes := "one of another version of this program" if old.get("format") != 2 else changes:
+        fail(f"another run is in {args.output_dir}: {changes}; use another, or --overwrite_output_dir")
+    if old["finished"]:
         say(f"finished already, in {args.output_dir}; --overwrite_output_dir starts anew")
         raise SystemExit(0)
 
@@ -862,7 +811,6 @@ def check_output_dir(args: Arguments) -> None:
 def claim_output_dir(args: Arguments) -> None:
     """Begin or resume a run in output_dir, and lock it against other programs until this one ends."""
     check_output_dir(args)  # again, because now the data are known
-    dist.barrier()
     folder, is_free = Path(args.output_dir), True
     if dist.get_rank() == 0:
         folder.mkdir(parents=True, exist_ok=True)
@@ -893,8 +841,8 @@ def training_state(policy, optimizer, step: int, method_state: dict) -> dict:
     return own | method_state
 
 
-def save_checkpoint(args: Arguments, policy, optimizer, step: int, method_state: dict) -> None:
-    """Save the state after `step` steps. `method_state` is a method's own: tensors, or dicts of them."""
+def save_checkpoint(args, policy, optimizer, step: int, method_state: dict, *, interrupted: bool) -> None:
+    """Save the state after `step` steps; exit if interrupted. method_state has tensors, or dicts of them."""
     folder = Path(args.output_dir, "checkpoints", f"{step:08d}")
     free = f"{shutil.disk_usage(args.output_dir).free // 2**20} MiB are free"
     with one_line(f"cannot save a checkpoint after step {step} ({free}); earlier ones are intact"):
@@ -907,6 +855,10 @@ def save_checkpoint(args: Arguments, policy, optimizer, step: int, method_state:
                 (old / ".metadata").unlink(missing_ok=True)  # first: half deleted, it must not look complete
                 shutil.rmtree(old)
         dist.barrier()  # wait until the checkpoint is complete
+    if interrupted:  # on all processes
+        say(f"interrupted; step {step} is saved; rerun without --overwrite_output_dir to resume")
+        dist.destroy_process_group()
+        raise SystemExit(128 + signal.SIGTERM)
 
 
 def resume(args: Arguments, policy, optimizer, method_state: dict) -> int:
@@ -916,11 +868,11 @@ def resume(args: Arguments, policy, optimizer, method_state: dict) -> int:
         state = training_state(policy, optimizer, 0, method_state)
         try:
             dcp.load(state, checkpoint_id=folder)
-        except (Exception, CheckpointException) as error:
+        except (Exception, dcp.CheckpointException) as error:
             say(f"the checkpoint {folder} cannot be loaded ({first_line(error)}): the one before it is used")
             continue
-        weights, moments = state["model"], state["optimizer"]
-        dsd.set_state_dict(policy, optimizer, model_state_dict=weights, optim_state_dict=moments)
+        parts = {"model_state_dict": state["model"], "optim_state_dict": state["optimizer"]}
+        dsd.set_state_dict(policy, optimizer, **parts)
         say(f"resuming after step {state['step']}, from {folder}")
         if state["world"] != (world := dist.get_world_size()):
             say(f"it was saved by {state['world']} processes, not {world}: rounding and samples will differ")
@@ -930,17 +882,10 @@ def resume(args: Arguments, policy, optimizer, method_state: dict) -> int:
     return 0
 
 
-def stop_interrupted(step: int) -> NoReturn:
-    """Exit after a signal, on all processes at the same point, with the status of SIGTERM."""
-    say(f"interrupted; step {step} is saved; to resume, rerun the command, without --overwrite_output_dir")
-    dist.destroy_process_group()
-    raise SystemExit(128 + signal.SIGTERM)
-
-
 def save_model(args: Arguments, policy, tokenizer) -> None:
     """Save model and tokenizer for from_pretrained(output_dir), and upload them to the Hub if asked to."""
-    whole = dsd.StateDictOptions(full_state_dict=True, cpu_offload=True)  # on rank 0 alone
-    weights = dsd.get_model_state_dict(policy, options=whole)
+    on_rank_0 = dsd.StateDictOptions(full_state_dict=True, cpu_offload=True)
+    weights = dsd.get_model_state_dict(policy, options=on_rank_0)
     if dist.get_rank() == 0:
         # Tied weights are saved under one name.
         weights = {name: w for name, w in weights.items() if name not in policy.all_tied_weights_keys}
@@ -958,7 +903,6 @@ def save_model(args: Arguments, policy, tokenizer) -> None:
 
 
 # -------------------------------------------------------------------------------------------------- arguments
-
 # The built-in example: a 336k-parameter character model that translates numbers to words, and its pairs.
 TOY_MODEL, TOY_DATA = (str(Path(__file__).parent / "tests" / "toy" / name) for name in ("sft", "pairs"))
 TOY = dict(model_name_or_path=TOY_MODEL, dataset_name=TOY_DATA, max_steps=100, max_new_tokens=64)
@@ -969,9 +913,6 @@ def arg(default, help: str):
     """A dataclass field with a help text; each object gets its own copy of a default list."""
     default = {"default_factory": default.copy} if isinstance(default, list) else {"default": default}
     return field(**default, metadata={"help": help})
-
-
-MAY_BE_ZERO = "warmup_steps weight_decay adam_beta1 adam_beta2 adam_epsilon eval_prompts seed".split()
 
 
 @dataclass
@@ -998,9 +939,7 @@ class Arguments:
     batch_size: int | None = arg(None, "pairs per optimizer step, over all processes [64]")
     gradient_accumulation_steps: int | None = arg(None, "instead of batch_size: passes per step")
     per_device_train_batch_size: int = arg(8, "pairs per forward pass, at most")
-    per_device_eval_batch_size: int = arg(
-        8, "pairs per forward pass, and prompts per generate(), in evaluation"
-    )
+    per_device_eval_batch_size: int = arg(8, "pairs per pass without training, prompts per generate()")
     weight_decay: float = arg(0.0, "weight decay of AdamW, on all parameters")
     adam_beta1: float = arg(0.9, "AdamW's decay of the gradient's running mean")
     adam_beta2: float = arg(0.999, "AdamW's decay of the squared gradient's running mean")
@@ -1030,10 +969,11 @@ class Arguments:
         if self.gradient_accumulation_steps:
             self.batch_size = self.per_device_train_batch_size * self.gradient_accumulation_steps * world
         self.batch_size = 64 if self.batch_size is None else self.batch_size
+        may_be_zero = "warmup_steps weight_decay adam_beta1 adam_beta2 adam_epsilon eval_prompts seed".split()
         for name in [f.name for f in fields(Arguments) if f.name != "max_steps"]:
             value = getattr(self, name)
-            is_allowed = value == 0 and name in MAY_BE_ZERO
-            if type(value) in (int, float) and not 0 < value < math.inf and not is_allowed:
+            is_positive = 0 < value < math.inf if type(value) in (int, float) else True
+            if not is_positive and not (value == 0 and name in may_be_zero):
                 raise ValueError(f"{name} must be positive, not {value}")
         if self.batch_size % world:
             raise ValueError(f"batch_size {self.batch_size} is not a multiple of the {world} processes")

@@ -188,9 +188,7 @@ def main(args: Arguments) -> None:
 
         done = step + 1
         if done == len(batches) or interrupted or done % args.save_steps == 0:
-            common.save_checkpoint(args, policy, optimizer, done, method_state)
-        if interrupted:
-            common.stop_interrupted(done)
+            common.save_checkpoint(args, policy, optimizer, done, method_state, interrupted=interrupted)
         if test is not None and log.evaluation_due(done):
             evaluate(policy, test_reference, tokenizer, test, args, log, done, bco_rewards)
     common.save_model(args, policy, tokenizer)

@@ -126,7 +126,7 @@ WRONG = [  # method, flags, what is said
     (
         "dpo",
         "{model} {data} --ref_model_name_or_path {dir}/shuffled",
-        "shuffled has another vocabulary than {toy}: it cannot be the reference",
+        "shuffled cannot be the reference: it has another vocabulary than {toy}",
     ),
     ("xpo", "--reward_model_path {dir}/two", "has 2 outputs; a reward model has one"),
     ("xpo", "--reward_model_path {dir}/no_template", "reward model's tokenizer has no chat template"),
