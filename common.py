@@ -1,7 +1,6 @@
 """What the scripts share. Each script has its own losses, its own training step and its own training loop.
 
-To understand a training step, read the first section: the batch, and log π of every token in it. The second
-computes the same numbers faster. xpo.py also needs the functions for data and generation.
+To understand a training step, read the first section: the batch, and log π of every token in it.
 """
 
 from __future__ import annotations
