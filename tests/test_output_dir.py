@@ -139,6 +139,20 @@ def test_a_run_of_another_version_is_not_resumed(tmp_path):
     common.check_output_dir(args)
 
 
+def test_overwriting_spares_a_run_that_torchrun_restarts_and_no_other(tmp_path, monkeypatch):
+    """In a new container, torchrun may have the process id that it had in the last one."""
+    args = dpo.Arguments("m", dataset_name="d", output_dir=str(tmp_path), overwrite_output_dir=True)
+    for launch, beta, is_kept in ((7, 0.1, True), (8, 0.1, False), (7, 0.2, False)):
+        monkeypatch.setattr(common, "LAUNCH", 7)
+        args.beta = 0.1
+        common.write_run(args, finished=False)
+        (tmp_path / "metrics.jsonl").write_text("")
+        monkeypatch.setattr(common, "LAUNCH", launch)
+        args.beta = beta
+        common.claim_output_dir(args)
+        assert (tmp_path / "metrics.jsonl").exists() == is_kept, (launch, beta)
+
+
 def test_a_run_does_not_overwrite_the_model_it_loads(tmp_path):
     """Not even if that is the result of an earlier run, which --overwrite_output_dir deletes."""
     policy, tokenizer, args = saved(tmp_path, "llama")

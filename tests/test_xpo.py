@@ -262,13 +262,18 @@ def test_rewards_are_read_at_the_last_real_token(reward_model, chat):
     assert len({round(value, 3) for value in want}) == 4
 
 
-def test_the_reward_model_reads_the_end_of_too_long_a_conversation(reward_model):
-    model, tokenizer, scores = reward_model
-    found = [scores([start * 200 + "1="], ["one"], [True]).item() for start in "78"]
-    want = score_of(model, tokenizer("7" * 122 + "1=one</s>")["input_ids"])
-    assert found[0] == pytest.approx(want, abs=1e-5) and found[0] != found[1]
-    same_end = [scores([start + "7" * 200 + "1="], ["one"], [True]).item() for start in "78"]
-    assert same_end == pytest.approx([want] * 2, abs=1e-5)
+@pytest.mark.parametrize(("model_max_length", "longest"), [(100, 100), (10**30, 128)])
+def test_the_reward_model_reads_bos_and_the_end_of_too_long_a_text(
+    tmp_path, reward_model, model_max_length, longest
+):
+    model, tokenizer, _ = reward_model
+    tokenizer.model_max_length = model_max_length
+    tokenizer.save_pretrained(tmp_path)
+    scores = load_scorer(arguments(reward_model_path=str(tmp_path), bf16=False), torch.device("cpu"), "")
+    found = [scores([f"<s>{start}{'7' * 200}1="], ["one"], [True]).item() for start in "78"]
+    want = score_of(model, tokenizer("<s>" + "7" * (longest - 7) + "1=one</s>")["input_ids"])
+    assert found == pytest.approx([want] * 2, abs=1e-5)
+    assert scores(["<s>" + "8" * 200 + "1="], ["one"], [True]).item() != pytest.approx(want, abs=1e-5)
 
 
 def test_an_answer_that_a_template_cannot_leave_open_is_scored_as_ended(tmp_path, reward_model):
