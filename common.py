@@ -821,8 +821,8 @@ def claim_output_dir(args: Arguments) -> None:
     if not from_rank_0(is_free):
         fail(f"another run is running in {args.output_dir}")
     if dist.get_rank() == 0:
-        file = folder / "run.json"
-        is_restart = LAUNCH and file.exists() and json.loads(file.read_text()).get("launch") == LAUNCH
+        old = json.loads((folder / "run.json").read_text()) if (folder / "run.json").exists() else {}
+        is_restart = LAUNCH and old.items() >= ({"launch": LAUNCH} | asdict(args)).items()
         if args.overwrite_output_dir and not is_restart:
             for path in [path for name in WRITTEN for path in folder.glob(name)]:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()

@@ -107,7 +107,7 @@ def uninterrupted(script: str, processes: int = 1) -> Path:
     return folder
 
 
-CHAIN = {  # of starts of one run, each killed at another place: place, call, event, signal
+CHAIN = {  # starts of one run, each of which is killed at another place: place, call, event, signal
     "dpo.py": [
         ("load_data", 1, 300, "SIGINT"),
         ("precompute", 1, 500, "SIGKILL"),
@@ -124,7 +124,10 @@ CHAIN = {  # of starts of one run, each killed at another place: place, call, ev
         ("save_model", 1, 9, "SIGKILL"),
     ],
 }
-OTHERS = [("loss_and_metrics", 3, 50, "SIGKILL"), ("save_checkpoint", 1, 3000, "SIGKILL")]
+OTHERS = [  # those of the other scripts
+    ("loss_and_metrics", 3, 50, "SIGKILL"),
+    ("save_checkpoint", 1, 3000, "SIGKILL"),
+]
 CHAINS = [("dpo.py", 2), *((script, 2 if script == "xpo.py" else 1) for script in SCRIPTS)]
 
 
@@ -219,7 +222,7 @@ def checkpoint_after_three_steps(output_dir: Path, processes: int = 1) -> Path:
     return output_dir / "checkpoints" / "00000003"
 
 
-DAMAGES = {  # what happens to the newest checkpoint, and whether its directory says that it is complete
+DAMAGES = {  # of the newest checkpoint: its directory, and one of its files
     "a short file": lambda folder, file: os.truncate(file, 1000),
     "a missing file": lambda folder, file: file.unlink(),
     "unreadable metadata": lambda folder, file: (folder / ".metadata").write_bytes(b"damaged"),
