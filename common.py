@@ -60,8 +60,8 @@ class Batch:
                      q1 c1 .  .                   c1 c2 .  .                        x  x  .  .
                      q1 r1 r2 .                   r1 r2 r3 .                        x  x  x  .
 
-    A completion is what the papers call an answer. Its last token is only ever a label, never an input. A
-    method with another number of completions for each prompt has that number of rows for each prompt.
+    A completion is what the papers call an answer. Its last token is only ever a label. A method
+    with another number of completions for each prompt has that number of rows for each prompt.
     """
 
     inputs: dict[str, Tensor]  # for model(**inputs): input_ids (2B, L) and attention_mask (2B, L)
@@ -148,12 +148,12 @@ def collate(examples: list[tuple], device: torch.device, *, score_prompts: bool 
     if score_prompts:  # once for each prompt, in its first row
         scored[:: len(inputs[0]) - 1] = has_label[:: len(inputs[0]) - 1]
     labeled = slice(len(sequences) if examples else 0)
-    fields = {"labels": tokens[labeled, 1:], "completions": completions[labeled], "scored": scored[labeled]}
-    fields["inputs"] = {"input_ids": tokens[:, :-1], "attention_mask": has_label.long()}
-    fields |= pack(inputs, scored[labeled])
+    tensors = {"labels": tokens[labeled, 1:], "completions": completions[labeled], "scored": scored[labeled]}
+    tensors["inputs"] = {"input_ids": tokens[:, :-1], "attention_mask": has_label.long()}
+    tensors |= pack(inputs, scored[labeled])
     if device.type == "cuda":  # without making the host wait
-        fields = tree_map_only(Tensor, lambda x: x.pin_memory().to(device, non_blocking=True), fields)
-    return Batch(**fields, **counts)
+        tensors = tree_map_only(Tensor, lambda x: x.pin_memory().to(device, non_blocking=True), tensors)
+    return Batch(**tensors, **counts)
 
 
 # -------------------------------------------------------------------------------------- the fast forward pass
@@ -313,7 +313,7 @@ def tokenize_split(raw, name: str, args: Arguments, tokenizer, columns: tuple, s
 def tokenize(row: dict, tokenizer, completions: list[str], max_length: int, room: int) -> dict:
     """Token ids of a row's `prompt` and completions, cut at max_length, or the `problem` that forbids it."""
     result = {name: [] for name in ("prompt", *completions)} | {"problem": "", "straddles": False}
-    for name in {"prompt", "chosen", "rejected", *completions} & {*row}:
+    for name in sorted({"prompt", "chosen", "rejected", *completions} & {*row}):
         parts = row[name] if isinstance(row[name], list) else [{}]
         if not isinstance(row[name], str | list | None) or not all(isinstance(part, dict) for part in parts):
             raise ValueError(f"{name} is {row[name]!r:.50}, not a text or messages with role and content")
@@ -850,7 +850,7 @@ def save_checkpoint(args, policy, optimizer, step: int, method_state: dict, *, i
         dcp.save(training_state(policy, optimizer, step, method_state), checkpoint_id=folder)
         if dist.get_rank() == 0:
             kept = [path for path in complete_checkpoints(args) if path <= folder][-args.save_total_limit :]
-            for old in [path for path in folder.parent.iterdir() if path not in kept]:
+            for old in [path for path in folder.parent.glob("*/") if path not in kept]:
                 (old / ".metadata").unlink(missing_ok=True)  # first: half deleted, it must not look complete
                 shutil.rmtree(old)
         dist.barrier()  # wait until the checkpoint is complete
@@ -973,7 +973,7 @@ class Arguments:
             value = getattr(self, name)
             is_positive = 0 < value < math.inf if type(value) in (int, float) else True
             if not is_positive and not (value == 0 and name in may_be_zero):
-                raise ValueError(f"{name} must be positive, not {value}")
+                raise ValueError(f"{name} must be positive{' or 0' * (name in may_be_zero)}, not {value}")
         if self.batch_size % world:
             raise ValueError(f"batch_size {self.batch_size} is not a multiple of the {world} processes")
         if self.report_to != "none" and importlib.util.find_spec(self.report_to) is None:

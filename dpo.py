@@ -115,7 +115,7 @@ def loss_and_metrics(
 def sum_over_tokens(token_logps: Tensor, batch: Batch, args: Arguments) -> Tensor:
     """log π(y|x) of chosen and rejected answers, (B, 2), from those of their tokens, (2B, L)."""
     if args.ld_alpha is not None:  # LD-DPO, a relative of DPO
-        token_logps = token_logps * token_weights(batch, args.ld_alpha)
+        token_logps = torch.where(in_both_answers(batch), token_logps, args.ld_alpha * token_logps)
     return token_logps.sum(1).view(-1, 2)  # DPO sums over tokens; SimPO averages them
 
 
@@ -146,7 +146,7 @@ def main(args: Arguments) -> None:
     # The row numbers of all batches, (steps, batch_size), are the same on all processes.
     batches = common.global_batches(train, args)
     policy = common.load_model(args.model_name_or_path, args, device, trainable=True)
-    reference = load_reference(args, device, tokenizer)
+    reference = load_reference(args, device, tokenizer, policy)
     optimizer = common.adamw(policy, args)
     bco_rewards = torch.zeros(2, dtype=torch.float64)  # BCO: sum of mean rewards, and of steps
     method_state = {"bco_rewards": bco_rewards}
@@ -179,7 +179,7 @@ def main(args: Arguments) -> None:
         metrics, interrupted = log.all_reduce()
         if math.isfinite(grad_norm):
             reward = (metrics["rewards/chosen"] + metrics["rewards/rejected"]) / 2
-            bco_rewards += torch.tensor([reward, 1.0])
+            bco_rewards += torch.tensor([reward, 1.0], dtype=torch.float64)
         if args.sync_ref_model and (step + 1) % args.ref_model_sync_steps == 0:
             for old, new in zip(reference.parameters(), policy.parameters(), strict=True):
                 old.data.lerp_(new.data, args.ref_model_mixup_alpha)
@@ -236,9 +236,8 @@ def related_loss(
     chosen_rewards, rejected_rewards = beta * chosen_log_ratio, beta * rejected_log_ratio
     margins = f_margin(*log_ratios, beta, f_divergence_type, f_alpha_divergence_coef)  # z
 
-    def classify(
-        margins: Tensor,
-    ) -> Tensor:  # logistic loss; with ε above 0, conservative DPO (cdpo.pdf eq. 3)
+    def classify(margins: Tensor) -> Tensor:
+        # The logistic loss; with ε above 0, that of conservative DPO (cdpo.pdf eq. 3).
         return -F.logsigmoid(margins) * (1 - label_smoothing) - F.logsigmoid(-margins) * label_smoothing
 
     match loss_type:
@@ -413,24 +412,25 @@ def token_logps_and_pair_weights(policy, batch: Batch) -> tuple[Tensor, Tensor]:
     return token_logps, log_weights.exp().clamp(max=1)
 
 
-def token_weights(batch: Batch, ld_alpha: float) -> Tensor:
-    """LD-DPO (2409.06411), (2B, L): ld_alpha for tokens past the end of the pair's shorter answer, else 1.
+def in_both_answers(batch: Batch) -> Tensor:
+    """(2B, L) bool: false past the end of a pair's shorter answer, where LD-DPO applies the weight ld_alpha.
 
-    Logged rewards and log-probabilities are weighted as well.
+    Source: 2409.06411. The logged rewards and log-probabilities are weighted as well.
     """
     pairs = batch.completions.unflatten(0, (-1, 2))  # (B, 2, L): both answers begin in the same column
-    in_both = pairs.all(1, keepdim=True).expand_as(pairs).flatten(0, 1)
-    return torch.where(in_both, 1.0, ld_alpha)
+    return pairs.all(1, keepdim=True).expand_as(pairs).flatten(0, 1)
 
 
-def load_reference(args: Arguments, device: torch.device, tokenizer):
+def load_reference(args: Arguments, device: torch.device, tokenizer, policy):
     """The model that the policy is compared with; by default the policy as it is before training."""
     path = args.ref_model_name_or_path or args.model_name_or_path
     if common.load_tokenizer(path, args).get_vocab() != tokenizer.get_vocab():
-        common.fail(
-            f"{path} cannot be the reference: it has another vocabulary than {args.model_name_or_path}"
-        )
-    return common.load_model(path, args, device, trainable=False, updated=args.sync_ref_model)
+        common.fail(f"the reference {path} has another vocabulary than {args.model_name_or_path}")
+    reference = common.load_model(path, args, device, trainable=False, updated=args.sync_ref_model)
+    shapes, policy_shapes = ([p.shape for p in model.parameters()] for model in (reference, policy))
+    if args.sync_ref_model and shapes != policy_shapes:
+        common.fail(f"--sync_ref_model averages weights, but those of {path} have other shapes")
+    return reference
 
 
 def precompute(reference_logps, train: Data, test: Data | None, batches, args: Arguments, device) -> tuple:
@@ -480,9 +480,7 @@ class Arguments(common.Arguments):
     use_weighting: bool = arg(False, "weight pairs by their probability under the policy (WPO, 2406.11827)")
     ld_alpha: float | None = arg(None, "weight of tokens past the shorter answer's end (LD-DPO, 2409.06411)")
     ref_model_name_or_path: str | None = arg(None, "the reference [the policy as it is before training]")
-    precompute_ref_log_probs: bool = arg(
-        False, "compute the reference's log-probabilities once before training, then free it"
-    )
+    precompute_ref_log_probs: bool = arg(False, "compute those of the reference first, then free it")
     sync_ref_model: bool = arg(False, "let the reference follow the policy (TR-DPO, 2404.09656)")
     ref_model_sync_steps: int = arg(512, "steps between updates of the reference")
     ref_model_mixup_alpha: float = arg(0.6, "share of the policy in the updated reference")

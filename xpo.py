@@ -196,9 +196,7 @@ def judge_pairs(judge: Callable, prompts: list, texts: list[list[str]]) -> Tenso
     pairs = [(b, a) if swap else (a, b) for a, b, swap in zip(*texts, swapped, strict=True)]
     better = judge(prompts, pairs)
     if len(better) != len(pairs) or not {*better} <= {0, 1, -1}:
-        common.fail(
-            f"the judge must return 0, 1 or -1 for each of {len(pairs)} pairs, not {better}", alone=True
-        )
+        common.fail(f"the judge must return {len(pairs)} times 0, 1 or -1, not {better}", alone=True)
     sides = {0: 1, 1: -1, -1: 0}
     return torch.tensor([sides[b] * (-1 if swap else 1) for b, swap in zip(better, swapped, strict=True)])
 
@@ -222,9 +220,7 @@ def load_judge(path: str) -> Callable:
     return getattr(module, name)
 
 
-def load_scorer(
-    args: Arguments, device: torch.device, prompt
-) -> Callable[[list, list[str], list[bool]], Tensor]:
+def load_scorer(args: Arguments, device: torch.device, prompt) -> Callable[..., Tensor]:
     """The reward model: a function of prompts, answers and whether they ended that returns scores (B,).
 
     `prompt` is an example that shows whether prompts are texts or messages.
@@ -247,7 +243,8 @@ def load_scorer(
             ids = common.encode(tokenizer, prompt, completion, ended=ended)
         except ValueError:  # some templates rewrite the last turn, and so cannot leave it open
             ids = common.encode(tokenizer, prompt, completion)
-        return ids if len(ids) <= longest else [ids[0], *ids[1 - longest :]]  # BOS, and the end of the input
+        bos = ids[: ids[0] == tokenizer.bos_token_id]  # of a longer input, keep BOS and the end
+        return ids if len(ids) <= longest else bos + ids[len(bos) - longest :]
 
     @torch.no_grad()
     def scores(prompts: list, answers: list[str], ended: list[bool]) -> Tensor:
@@ -373,20 +370,14 @@ class Arguments(common.Arguments):
     """XPO's own arguments; those of all methods are in common.py. A pair is a prompt and its two samples."""
 
     reward_model_path: str | None = arg(None, "a sequence classifier with one output: Hub name or directory")
-    judge: str | None = arg(
-        None, "path/to/file.py:function that compares answers, instead of reward_model_path"
-    )
+    judge: str | None = arg(None, "instead of a reward model: path/to/file.py:function that compares answers")
     alpha: list[float] = arg([1e-5], "weight of the exploration bonus: one value, or one per epoch")
     beta: list[float] = arg([0.1], "strength of the tie to the reference: one value, or one per epoch")
     loss_type: str = arg("sigmoid", "sigmoid (DPO) or ipo")
     learning_rate: float = arg(5e-7, "peak learning rate of AdamW")
-    max_length: int = arg(
-        1024, "tokens of prompt and completion; longer prompts than max_length - max_new_tokens are dropped"
-    )
+    max_length: int = arg(1024, "tokens of prompt and max_new_tokens; rows with a longer prompt are dropped")
     missing_eos_penalty: float | None = arg(None, "subtracted from the score of a completion without EOS")
-    temperature: float = arg(
-        1.0, "temperature of the samples; 1 is the models' own distribution, as in the paper"
-    )
+    temperature: float = arg(1.0, "of the samples; 1 is the models' own distribution, as in the paper")
     top_p: float = arg(1.0, "sample from the smallest set of tokens with this total probability")
     top_k: int = arg(0, "sample from the k likeliest tokens; 0: from all")
     min_p: float | None = arg(None, "sample from tokens at least this fraction as likely as the likeliest")
@@ -405,9 +396,7 @@ class Arguments(common.Arguments):
         if self.judge and self.missing_eos_penalty is not None:
             raise ValueError("missing_eos_penalty changes scores, but a judge gives none")
         if not self.temperature > 0:
-            raise ValueError(
-                f"temperature must be positive, not {self.temperature}: the method needs samples"
-            )
+            raise ValueError(f"temperature must be positive, not {self.temperature}: XPO needs samples")
         if not (0 < self.top_p <= 1 and self.top_k >= 0 and 0 <= (self.min_p or 0) <= 1):
             raise ValueError("top_p must be in (0, 1], top_k at least 0, min_p in [0, 1]")
         if not self.alpha or not all(0 <= alpha < math.inf for alpha in self.alpha):

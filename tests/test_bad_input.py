@@ -49,7 +49,7 @@ WRONG = [  # method, flags, what is said
     ("cpo", "--learning_rate inf", "learning_rate must be positive"),
     ("orpo", "--max_grad_norm 0", "max_grad_norm must be positive"),
     ("alphapo", "--eval_steps -1", "eval_steps must be positive"),
-    ("dpo", "--weight_decay -0.1", "weight_decay must"),
+    ("dpo", "--weight_decay -0.1", "weight_decay must be positive or 0, not -0.1"),
     ("cpo", "--adam_beta2 1", "AdamW: Invalid beta parameter at index 1: 1.0"),
     ("dpo", "--seed -1", "seed must"),
     ("dpo", "--warmup_steps -5", "warmup_steps must"),
@@ -59,7 +59,7 @@ WRONG = [  # method, flags, what is said
     ("orpo", "--beta -1", "beta must"),
     ("xpo", "--beta 0.1 0", "beta must be positive"),
     ("dpo", "--label_smoothing 0.5", "label_smoothing must be in [0, 0.5)"),
-    ("xpo", "--temperature 0", "the method needs samples"),
+    ("xpo", "--temperature 0", "XPO needs samples"),
     ("xpo", "--top_p 0", "top_p must be in (0, 1]"),
     ("xpo", "--alpha -1", "alpha must be one or more values of at least 0"),
     ("dpo", "--ref_model_sync_steps 0", "ref_model_sync_steps must be at least 1"),
@@ -125,8 +125,13 @@ WRONG = [  # method, flags, what is said
     ),
     (
         "dpo",
+        "{model} {data} --sync_ref_model --ref_model_name_or_path {dir}/shapes",
+        "those of {dir}/shapes have other shapes",
+    ),
+    (
+        "dpo",
         "{model} {data} --ref_model_name_or_path {dir}/shuffled",
-        "shuffled cannot be the reference: it has another vocabulary than {toy}",
+        "shuffled has another vocabulary than {toy}",
     ),
     ("xpo", "--reward_model_path {dir}/two", "has 2 outputs; a reward model has one"),
     ("xpo", "--reward_model_path {dir}/no_template", "reward model's tokenizer has no chat template"),
@@ -208,6 +213,8 @@ def wrong(tmp_path_factory) -> Path:
         tokenizer.save_pretrained(folder / name)
     tiny("llama", vocab_size=20).save_pretrained(folder / "small")
     tokenizer.save_pretrained(folder / "small")
+    tiny("llama", vocab_size=43).save_pretrained(folder / "shapes")
+    tokenizer.save_pretrained(folder / "shapes")
     model = tiny("llama")
     for name in ("pickled", "no_eos", "added", "no_template", "shuffled"):
         model.save_pretrained(folder / name)
