@@ -6,7 +6,6 @@ To understand a training step, read the first section: the batch, and log π of 
 from __future__ import annotations
 
 import difflib
-import fcntl
 import glob
 import hashlib
 import importlib.util
@@ -18,9 +17,10 @@ import shutil
 import signal
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -127,8 +127,6 @@ def logits_of(model, hidden: Tensor) -> Tensor:
         logits = logits * scale
     if divisor := getattr(config, "logits_scaling", None):  # Granite
         logits = logits / divisor
-    if cap := getattr(config, "final_logit_softcapping", None):  # Gemma 2
-        logits = cap * torch.tanh(logits / cap)
     return logits
 
 
@@ -228,12 +226,22 @@ def choose_forward_pass(model) -> None:
     except Exception as error:  # whatever an architecture does that nobody foresaw
         reason = f"{type(error).__name__}: {first_line(error)}"
     if reason:
-        model.forward_pass, reason = "padded", f", which takes more time and memory ({reason})"
+        model.forward_pass = "padded"
         model.set_attn_implementation(attention)
-    say(f"{type(model).__name__}: log-probabilities come from the {model.forward_pass} forward pass{reason}")
+        name = type(model).__name__
+        say(f"warning: log-probabilities of {name} are computed padded: more time and memory ({reason})")
+    elif model.training:  # said once: a reference is not trained
+        say("log-probabilities: packed (checked against padded)")
 
 
 # ------------------------------------------------------------------------------------------- data and batches
+FILES = {".json": "json", ".jsonl": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
+TRAIN_SPLITS = ["train", "train_prefs"]  # the first of these that a dataset has is used
+TEST_SPLITS = ["test", "validation", "valid", "dev", "eval", "test_prefs", "test_sft"]
+LIKELY_PROMPTS = ["question", "input", "instruction", "query"]
+NO_PROMPT = "there is no prompt"
+
+
 class Data(NamedTuple):
     """A split of a dataset: its rows as read and as tokens, without the rows that cannot be used."""
 
@@ -244,25 +252,23 @@ class Data(NamedTuple):
 
 
 def load_data(args: Arguments, tokenizer, completions=("chosen", "rejected"), *, score_prompts=False):
-    """Training and test split as Data; None for the latter if there is none, or with eval_strategy "no"."""
+    """Training and test split as Data; None for the latter with eval_strategy "no" or fewer than 5 rows."""
     # `completions` names their columns: two for pairs, one for single completions with a label, none for a
     # method that samples (prompts then leave room for max_new_tokens). Prompts and completions are texts, or
     # lists of messages for the chat template. Other columns stay in Data.raw.
-    path, columns = Path(args.dataset_name), ("prompt", *completions)
-    kind = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}.get(path.suffix)
-    options = {"data_files": glob.escape(str(path))} if kind else {"name": args.dataset_config}
-    if kind == "csv":  # read these columns as texts: 007 and null stay as written
-        texts = dict.fromkeys((*columns, "chosen", "rejected", "answer"), str)
-        options |= {"converters": texts, "keep_default_na": False}
-    with one_line(f"cannot load the dataset {args.dataset_name}"):
-        splits = datasets.load_dataset(kind or args.dataset_name, **options)
-    names = [args.dataset_train_split] + [args.dataset_test_split] * (args.eval_strategy != "no")
-    if names[0] not in splits:
-        fail(f"{args.dataset_name} has no split '{names[0]}'; it has {', '.join(splits)}")
-    if names[-1] not in splits:
-        say(f"no evaluation: there is no split '{names.pop()}', only {', '.join(splits)}")
-    data = [tokenize_split(splits[name], name, args, tokenizer, columns, score_prompts) for name in names]
-    example = {name: tokenizer.decode(ids) for name, ids in data[0].tokens[0].items()}
+    columns = ("prompt", *completions)
+    (name, train), *tests = choose_splits(read_dataset(args, columns), args).items()
+    train = train.select(range(min(len(train), args.max_train_samples or len(train))))
+    splits = [(name, train), *tests]
+    data = [tokenize_split(raw, name, args, tokenizer, columns, score_prompts) for name, raw in splits]
+    data = hold_out(*data) if args.eval_strategy != "no" and not tests else data
+    used = {*columns, "chosen", "rejected", "answer", "tools", "chat_template_kwargs"}
+    if unused := [name for name in data[0].raw.column_names if name not in used]:
+        say(f"columns that are not used: {', '.join(unused)}")
+    if tokenizer.chat_template and isinstance(split_prompt(data[0].raw[0])[0], str):
+        message = '[{"role": "user", "content": ...}]'
+        say(f"texts are used as they are; for the model's chat template, write messages: {message}")
+    example = {name: shorten(tokenizer.decode(ids), 600) for name, ids in data[0].tokens[0].items()}
     say("the first row: " + " ".join(f"{name}【{text}】" for name, text in example.items()))
     digest = hashlib.sha256(b"".join(split.lengths.tobytes() for split in data))
     for column in [split.tokens.data.column(name) for split in data for name in columns]:
@@ -272,20 +278,68 @@ def load_data(args: Arguments, tokenizer, completions=("chosen", "rejected"), *,
     return (*data, None)[:2]
 
 
+def shorten(text: str, length: int) -> str:
+    """The text, without its middle if it is longer."""
+    return text if len(text) <= length else f"{text[: length // 2]} [...] {text[-length // 2 :]}"
+
+
+def read_dataset(args: Arguments, columns: tuple) -> dict[str, datasets.Dataset]:
+    """All splits of args.dataset_name."""
+    path, kind = Path(args.dataset_name), FILES.get(Path(args.dataset_name).suffix)
+    if path.is_file() and not (kind and path.stat().st_size):
+        fail(f"{path} is empty" if kind else f"{path} is not a file of the kinds {', '.join(FILES)}")
+    options = {"data_files": glob.escape(str(path))} if kind else {"name": args.dataset_config}
+    if kind == "csv":  # read these columns as texts: 007 and null stay as written
+        texts = dict.fromkeys((*columns, "chosen", "rejected", "answer"), str)
+        options |= {"converters": texts, "keep_default_na": False, "sep": ",\t"[path.suffix == ".tsv"]}
+    with one_line(f"cannot load the dataset {path}"):
+        if (path / "state.json").exists() or (path / "dataset_dict.json").exists():
+            saved = datasets.load_from_disk(path)  # what save_to_disk wrote: one split, or several
+            return saved if isinstance(saved, dict) else {"train": saved}
+        return datasets.load_dataset(kind or args.dataset_name, **options)
+
+
+def choose_splits(splits: dict, args: Arguments) -> dict[str, datasets.Dataset]:
+    """The split to train on and, unless eval_strategy is "no", the test split, if there is one."""
+
+    def find(name: str | None, usual: list[str]) -> str | None:
+        if name and name not in splits:
+            fail(f"{args.dataset_name} has no split '{name}'; it has {', '.join(splits)}")
+        return name or next((name for name in usual if name in splits), None)
+
+    if not (train := find(args.dataset_train_split, TRAIN_SPLITS)):
+        fail(f"--dataset_train_split has to be one of {', '.join(splits)}")
+    test = find(args.dataset_test_split, TEST_SPLITS) if args.eval_strategy != "no" else None
+    return {name: splits[name] for name in (train, test) if name}
+
+
+def hold_out(data: Data) -> list[Data]:
+    """[training, test] split of a split: 2% of the rows, 64 to 512 but at most 20%, the same in every run."""
+    rows = np.random.default_rng(0).permutation(n := len(data.lengths))
+    size = min(max(64, n // 50), 512, n // 5)
+    say(f"no test split: {size} of {n} rows are held out for evaluation; --eval_strategy no trains on all")
+    parts = [np.sort(rows[size:]), np.sort(rows[:size])][: 1 + (size > 0)]
+    return [
+        Data(data.raw.select(part), data.tokens.select(part), data.lengths[part], *data[3:]) for part in parts
+    ]
+
+
 def tokenize_split(raw, name: str, args: Arguments, tokenizer, columns: tuple, score_prompts: bool) -> Data:
     """Tokenize all rows of a split, drop those that cannot be used, and say how many and why."""
     prompt, *completions = columns
+    found = f"; found {', '.join(raw.column_names)}{column_hint(raw.column_names, args)}"
     if not {*completions} <= {*raw.column_names} or not {prompt, "chosen"} & {*raw.column_names}:
-        fail(f"the {name} split needs columns {', '.join(columns)}; found {', '.join(raw.column_names)}")
-    room = 1 if completions else args.max_new_tokens
-    options = dict(tokenizer=tokenizer, completions=completions, max_length=args.max_length, room=room)
-    features = dict.fromkeys(columns, datasets.List(datasets.Value("int32")))
-    features |= {"problem": datasets.Value("string"), "straddles": datasets.Value("bool")}
-    map_options = dict(features=datasets.Features(features), remove_columns=raw.column_names)
+        fail(f"the {name} split needs columns {', '.join(columns)}{found}")
+    options = dict(tokenizer=tokenizer, completions=completions, max_length=args.max_length)
+    options |= dict(room=1 if completions else args.max_new_tokens, truncate_prompt=args.truncate_prompt)
+    text, ids = datasets.Value("string"), datasets.List(datasets.Value("int32"))
+    features = datasets.Features(
+        dict.fromkeys(columns, ids) | {"problem": text, "notes": datasets.List(text)}
+    )
     # The default fingerprint of `map` does not see that the code of a function has changed.
     code = Path(__file__).read_text() if Path(__file__).is_file() else ""
-    described = [raw._fingerprint, code, [*options.values()]]
-    map_options |= dict(new_fingerprint=datasets.fingerprint.Hasher.hash(described))
+    fingerprint = datasets.fingerprint.Hasher.hash([raw._fingerprint, code, [*options.values()]])
+    map_options = dict(features=features, remove_columns=raw.column_names, new_fingerprint=fingerprint)
     is_first = int(os.environ.get("LOCAL_RANK", 0)) == 0
     if not is_first:  # wait for the first process of this machine, then find its work in the cache
         dist.barrier()
@@ -293,16 +347,17 @@ def tokenize_split(raw, name: str, args: Arguments, tokenizer, columns: tuple, s
         tokens = raw.map(tokenize, fn_kwargs=options, num_proc=args.dataset_num_proc, **map_options)
     if is_first:
         dist.barrier()
-    problems = tokens.data.column("problem")
-    found = problems.filter(pc.not_equal(problems, "")).value_counts().to_pylist()
-    for problem in found:
-        say(f"{problem['counts']} of {len(raw)} rows of the {name} split dropped: {problem['values']}")
-    if straddling := pc.sum(tokens.data.column("straddles")).as_py():
-        say(f"in {straddling} rows a token spans prompt and completion: it counts as completion")
+    problems, notes = tokens.data.column("problem"), pc.list_flatten(tokens.data.column("notes"))
+    dropped = Counter(problems.filter(pc.not_equal(problems, "")).to_pylist())
+    if dropped[NO_PROMPT] > len(raw) / 2:
+        fail(f"most rows of the {name} split have no prompt, and completions that share no beginning{found}")
+    for reason, n in [*dropped.items(), *Counter(notes.to_pylist()).items()]:
+        how = "dropped: " * (reason in dropped) + reason
+        say(f"{n} of {len(raw)} rows ({n / len(raw):.1%}) of the {name} split {how}")
     kept = np.flatnonzero(pc.equal(problems, ""))
     if not len(kept):
-        most = max(found, key=lambda problem: problem["counts"], default={"values": "it is empty"})
-        fail(f"no rows of the {name} split are left: {most['values']}")
+        reason = max(dropped, key=dropped.get, default="it is empty")
+        fail(f"no rows of the {name} split are left: {reason}")
     lengths = [pc.list_value_length(tokens.data[column]).to_numpy()[kept] for column in columns]
     means = ", ".join(f"{column} {n.mean():.0f}" for column, n in zip(columns, lengths, strict=True))
     say(f"{len(kept)} rows in the {name} split; tokens on average: {means}")
@@ -310,55 +365,98 @@ def tokenize_split(raw, name: str, args: Arguments, tokenizer, columns: tuple, s
     return Data(raw.select(kept), tokens, np.stack(lengths, axis=1), score_prompts)
 
 
-def tokenize(row: dict, tokenizer, completions: list[str], max_length: int, room: int) -> dict:
+def column_hint(columns: list[str], args: Arguments) -> str:
+    """What to do about columns that are not prompt, chosen and rejected, as the end of an error message."""
+    if "prompt" not in columns and "conversations" in columns or "label" in columns:
+        return "; neither KTO's labels nor ShareGPT's conversations, but pairs of texts or messages"
+    path, likely = Path(args.dataset_name), [name for name in LIKELY_PROMPTS if name in columns]
+    if "prompt" in columns or not likely:
+        return ""
+    reader = f"Dataset.from_{FILES[path.suffix]}" if path.suffix in FILES else "load_dataset"
+    rename = f'rename_column("{likely[0]}", "prompt").to_json("renamed.jsonl")'
+    return f'; if {likely[0]} is the prompt: datasets.{reader}("{path}").{rename}'
+
+
+def tokenize(row: dict, tokenizer, completions: list[str], max_length: int, room: int, truncate_prompt=False):
     """Token ids of a row's `prompt` and completions, cut at max_length, or the `problem` that forbids it."""
-    result = {name: [] for name in ("prompt", *completions)} | {"problem": "", "straddles": False}
+    result = {name: [] for name in ("prompt", *completions)} | {"problem": "", "notes": []}
     for name in sorted({"prompt", "chosen", "rejected", *completions} & {*row}):
-        parts = row[name] if isinstance(row[name], list) else [{}]
-        if not isinstance(row[name], str | list | None) or not all(isinstance(part, dict) for part in parts):
+        turns = row[name] if isinstance(row[name], list) else []
+        is_chat = all(isinstance(turn, dict) and "role" in turn for turn in turns)
+        if not isinstance(row[name], str | list | None) or not is_chat:
             raise ValueError(f"{name} is {row[name]!r:.50}, not a text or messages with role and content")
-    if not all(row[name] for name in completions):
-        return result | {"problem": "a completion is empty"}
     try:
         prompt, *answers = split_prompt(row, completions)
         answers = answers[: len(completions)]  # a method that samples has no completions
-        if prompt == [] or not (prompt or completions):
-            raise ValueError("there is no prompt")
-        last_turns = [{"content": y} if isinstance(y, str) else y[-1] for y in answers]
-        if not all(turn.get("content") or turn.get("tool_calls") for turn in last_turns):
-            return result | {"problem": "a completion is empty"}
-        if any(isinstance(y, list) and all(turn["role"] != "assistant" for turn in y) for y in answers):
-            raise ValueError("a completion has no message of the assistant")
-        prompt_ids = encode(tokenizer, prompt or "")
-        whole = [encode(tokenizer, prompt or "", y) for y in answers]
+        for name, y in zip(completions, answers, strict=True):
+            last = y[-1] if y and isinstance(y, list) else {"content": y}
+            if not last.get("content") and not last.get("tool_calls"):
+                return result | {"problem": f"{name} is empty"}
+            if isinstance(y, list) and all(turn["role"] != "assistant" for turn in y):
+                raise ValueError(f"{name} has no message of the assistant")
+        if not prompt and (prompt == [] or not completions or row.get("prompt") is None):
+            return result | {"problem": NO_PROMPT}
+        tools = json.loads(row["tools"]) if isinstance(row.get("tools"), str) else row.get("tools")
+        template = {"tools": plain(tools)} | plain(row.get("chat_template_kwargs") or {})
+
+        def parts_of(prompt) -> list[list[int]]:  # token ids of prompt and completions
+            prompt_ids = encode(tokenizer, prompt, **template)
+            whole = [encode(tokenizer, prompt, y, **template) for y in answers]
+            # A token may span prompt and completion, or depend on what follows: the prompt is what all share.
+            shared = min([len(prompt_ids), *(shared_length(prompt_ids, ids) for ids in whole)])
+            spans = shared < len(prompt_ids)
+            result["notes"] = [
+                "have a token across prompt and completion, which counts as completion"
+            ] * spans
+            return [prompt_ids[:shared], *(ids[shared:] for ids in whole)]
+
+        parts = parts_of(prompt or "")
+        if truncate_prompt and len(parts[0]) + room > max_length:
+            room_for_all = max(room, min(max_length // 2, max(map(len, parts[1:]), default=0)))
+            parts = latest_turns(prompt, parts, parts_of, max_length - room_for_all, tokenizer.bos_token_id)
+            result["notes"].append("have a prompt that is cut at its beginning")
     except Exception as error:  # also of a chat template
         return result | {"problem": f"it cannot be tokenized: {first_line(error)}"}
     # In messages, only the template may write special tokens: an <|im_end|> in a text would end its turn.
     text = json.dumps([prompt, answers], ensure_ascii=False, default=str) if isinstance(prompt, list) else ""
     if any(token.special and token.content in text for token in tokenizer.added_tokens_decoder.values()):
         return result | {"problem": "the text of a message spells a special token"}
-    # A token may span prompt and completion, or depend on what follows: the prompt is what all begin with.
-    shared = min([len(prompt_ids), *(shared_length(prompt_ids, ids) for ids in whole)])
-    prompt, answers = prompt_ids[:shared], [ids[shared:] for ids in whole]
-    if not prompt and (not completions or tokenizer.bos_token_id is None):
+    prompt_ids, *answers = parts
+    if not prompt_ids and (not completions or tokenizer.bos_token_id is None):
         return result | {"problem": "the prompt has no tokens"}
-    prompt = prompt or [tokenizer.bos_token_id]  # something has to predict a completion's first token
-    if len(prompt) + room > max_length:
-        return result | {"problem": f"the prompt leaves no room for a completion in max_length {max_length}"}
-    answers = [ids[: max_length - len(prompt)] for ids in answers]
-    if not all(answers):
-        return result | {"problem": "a completion is empty"}
-    if len(answers) == 2 and answers[0] == answers[1]:
+    prompt_ids = prompt_ids or [tokenizer.bos_token_id]  # something has to predict a completion's first token
+    if len(prompt_ids) + room > max_length:
+        flag = "" if truncate_prompt else "; --truncate_prompt keeps its end"
+        return result | {
+            "problem": f"the prompt leaves no room for a completion in max_length {max_length}{flag}"
+        }
+    if any(len(prompt_ids) + len(ids) > max_length for ids in answers):
+        result["notes"].append(f"have a completion that is cut at max_length {max_length}")
+    ids = {name: ids[: max_length - len(prompt_ids)] for name, ids in zip(completions, answers, strict=True)}
+    if empty := [name for name in ids if not ids[name]]:
+        return result | {"problem": f"{empty[0]} is empty"}
+    if len(ids) == 2 and ids[completions[0]] == ids[completions[1]]:
         return result | {"problem": "the completions are identical"}
-    ids = dict(zip(completions, answers, strict=True))
-    return result | ids | {"prompt": prompt, "straddles": shared < len(prompt_ids)}
+    return result | ids | {"prompt": prompt_ids}
+
+
+def latest_turns(prompt, parts: list[list[int]], parts_of: Callable, space: int, bos: int | None) -> list:
+    """The parts with at most `space` tokens of the prompt: the end of a text, or system and latest turns."""
+    if isinstance(prompt, str):
+        start = parts[0][: parts[0][:1] == [bos]]
+        return [start + parts[0][max(len(start), len(parts[0]) + len(start) - space) :], *parts[1:]]
+    system = prompt[:1] if prompt[0]["role"] == "system" else []
+    starts = [i for i, turn in enumerate(prompt) if turn["role"] == "user" and i > len(system)]
+    while len(parts[0]) > space and starts:
+        parts = parts_of(system + prompt[starts.pop(0) :])
+    return parts
 
 
 def split_prompt(row: dict, completions: list[str] | None = None) -> list:
     """[prompt, *completions] of a row, all texts or all lists of messages; by default of the row's pair."""
     # Without a prompt, a pair's shared beginning, in whole words or messages, is its prompt.
     names = completions or [name for name in ("chosen", "rejected") if row.get(name)]
-    prompt, answers = row.get("prompt"), [row[name] for name in names]
+    prompt, answers = plain(row.get("prompt")), [plain(row[name]) for name in names]
     if isinstance(prompt, list):
         answers = [[{"role": "assistant", "content": y}] if isinstance(y, str) else y for y in answers]
     if isinstance(prompt, str) and answers and isinstance(answers[0], list):
@@ -373,23 +471,40 @@ def split_prompt(row: dict, completions: list[str] | None = None) -> list:
     return ["".join(part) for part in parts] if is_text else parts
 
 
+def plain(value):
+    """Messages or tools without the None that Arrow adds, and with content that is in parts as one text."""
+    if isinstance(value, list):
+        return [plain(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    value = {name: plain(item) for name, item in value.items() if item is not None}
+    if isinstance(value.get("content"), list):
+        if others := {part.get("type") for part in value["content"]} - {"text"}:
+            raise ValueError(
+                f"a message has a part of type {', '.join(map(str, others))}, and only text is read"
+            )
+        value["content"] = "".join(part["text"] for part in value["content"])
+    return value
+
+
 def shared_length(a: list, b: list) -> int:
     """How many elements two lists have in common at their beginning."""
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
-def encode(tokenizer, prompt, completion=None, *, ended: bool = True) -> list[int]:
+def encode(tokenizer, prompt, completion=None, *, ended: bool = True, **template) -> list[int]:
     """Token ids of a prompt that waits for its completion, or of a prompt with its completion."""
-    # Of messages, they are what the chat template makes. Texts get one BOS, if the tokenizer adds it or the
-    # text has it, and one EOS after a completion that has `ended`, which means: has not been cut off.
+    # Of messages, they are what the chat template makes, which gets the options `template`. Texts get one
+    # BOS, if the tokenizer adds it or the text has it, and one EOS after a completion that has `ended`, which
+    # means: has not been cut off.
     if isinstance(prompt, list):
         if completion and prompt[-1]["role"] == completion[0]["role"] == "assistant":  # one turn, continued
             content = [turn.get("content") or "" for turn in (prompt[-1], completion[0])]
             prompt, completion = [*prompt[:-1], prompt[-1] | {"content": "".join(content)}], completion[1:]
-        messages = [{k: v for k, v in m.items() if v is not None} for m in prompt + (completion or [])]
+        messages = prompt + (completion or [])
         is_open = messages[-1]["role"] == "assistant" and (completion is None or not ended)
         how = {"continue_final_message": is_open, "add_generation_prompt": completion is None and not is_open}
-        return tokenizer.apply_chat_template(messages, return_dict=False, **how)
+        return tokenizer.apply_chat_template(messages, return_dict=False, **template, **how)
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     ids = tokenizer(prompt + (completion or ""))["input_ids"]
     if ids[:2] == [bos, bos]:  # one is the tokenizer's, one the text's own
@@ -404,9 +519,13 @@ def encode(tokenizer, prompt, completion=None, *, ended: bool = True) -> list[in
 def global_batches(data: Data, args: Arguments) -> np.ndarray:
     """The row numbers of all global batches of the run, (steps, batch_size): a function of seed and epoch."""
     # A batch is a random sample, sorted by length. Rows left over at the end of an epoch are not used.
-    rows, size, epochs = len(data.lengths), args.batch_size, []
-    if not (per_epoch := rows // size):
-        fail(f"{rows} rows do not fill a batch: --batch_size can be {rows} at most")
+    rows, world, epochs = len(data.lengths), dist.get_world_size(), []
+    size = min(args.batch_size, rows // world * world)
+    if not size:
+        fail(f"{world} processes need at least {world} rows; there are {rows}")
+    if size < args.batch_size:
+        say(f"a step takes {size} pairs, not batch_size {args.batch_size}, because there are no more")
+    per_epoch = rows // size
     steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * per_epoch - 1e-9)
     for epoch in range(math.ceil(steps / per_epoch)):
         order = np.random.default_rng((args.seed, epoch)).permutation(rows)[: per_epoch * size]
@@ -624,14 +743,14 @@ def generate(model, tokenizer, prompts: list[list[int]], args: Arguments, **samp
 
 def complete(policy, tokenizer, test: Data, args: Arguments, step: int) -> tuple[dict, list[dict]]:
     """(metrics, samples) of completions of test prompts; metrics if there is a column `answer` to equal."""
-    rank, world = dist.get_rank(), dist.get_world_size()
-    count = min(args.eval_prompts, len(test.lengths)) // world * world  # equally many on all processes
+    rank, world, n = dist.get_rank(), dist.get_world_size(), len(test.lengths)
+    count = min(args.eval_prompts, n) // world * world  # equally many on all processes
     if not count:
         return {}, []
-    rows = range(rank, count, world)
+    rows = [i * n // count for i in range(rank, count, world)]  # spread over the test split
     prompts = test.tokens[rows]["prompt"]
     torch.manual_seed(hash((args.seed, step, rank, 1)))  # four numbers: not the seed of a training step
-    columns = {"step": [step] * len(rows)}
+    columns = {"step": [step] * len(rows), "row": rows}
     columns["prompt"] = tokenizer.batch_decode(prompts, skip_special_tokens=True)
     for name, options in (("greedy", {"do_sample": False}), ("sampled", {"do_sample": True, "top_k": 0})):
         answers = generate(policy, tokenizer, prompts, args, **options)
@@ -661,6 +780,12 @@ def gather_rows(columns: dict[str, list]) -> list[dict]:
 
 
 # -------------------------------------------------------------------------------------------------------- log
+# What a line of the console shows, and how it is named there; metrics.jsonl has all metrics of every step.
+REPORTED = {"loss": "loss", "rewards/margins": "margin", "rewards/accuracies": "accuracy"}
+REPORTED |= {"logps/chosen": "log π chosen", "logps/rejected": "rejected", "objective/win_rate": "win rate"}
+REPORTED |= {"learning_rate": "lr", "pairs_per_second": "pairs/s"}
+
+
 class Log:
     """Global means of metrics, to metrics.jsonl (a line for each step and evaluation), console and tracker.
 
@@ -668,14 +793,17 @@ class Log:
     the sum over processes is the mean. After SIGTERM or SIGINT, all_reduce says so at the end of the step.
     """
 
-    def __init__(self, args: Arguments, first_step: int, steps: int, rows: int, device: torch.device):
-        self.args, self.steps, self.rows, self.device = args, steps, rows, device
+    def __init__(
+        self, args: Arguments, first_step: int, batches: np.ndarray, train: Data, device: torch.device
+    ):
+        self.args, self.device, (self.steps, self.pairs) = args, device, batches.shape
+        self.steps_per_epoch = len(train.lengths) // self.pairs
         self.shares, self.signals = {}, []
         self.skipped = 0  # consecutive steps skipped because of a gradient that was not finite
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda number, frame: self.signals.append(number))
         self.is_main = dist.get_rank() == 0
-        self.bar = tqdm(initial=first_step, total=steps, disable=not self.is_main, dynamic_ncols=True)
+        self.bar = tqdm(initial=first_step, total=self.steps, disable=not self.is_main, dynamic_ncols=True)
         if self.is_main:
             self.metrics = reopen(Path(args.output_dir, "metrics.jsonl"), first_step)
             self.completions = reopen(Path(args.output_dir, "completions.jsonl"), first_step)
@@ -699,36 +827,62 @@ class Log:
         return metrics, metrics.pop("interrupted") > 0
 
     def step(self, step: int, metrics: dict[str, float], tokens: int) -> None:
-        """Write the metrics of a step, with the speed since the line before; `tokens` of the global batch."""
+        """Write the metrics of a step, with the speed since the last step; `tokens` of the global batch."""
         seconds, self.time = time.perf_counter() - self.time, time.perf_counter()
         self.skipped = 0 if math.isfinite(metrics["grad_norm"]) else self.skipped + 1
-        pairs = self.args.batch_size
-        metrics |= {"skipped": float(self.skipped > 0), "epoch": (step + 1) / (self.rows // pairs)}
-        metrics |= {"pairs_per_second": pairs / seconds, "tokens_per_second": float(tokens / seconds)}
+        metrics |= {"skipped": float(self.skipped > 0), "epoch": (step + 1) / self.steps_per_epoch}
+        metrics |= {"pairs_per_second": self.pairs / seconds, "tokens_per_second": float(tokens / seconds)}
         if self.device.type == "cuda":
             metrics["peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
-        shown = [name for name in ("loss", "rewards/margins", "rewards/accuracies") if name in metrics]
-        self.bar.set_postfix({name: f"{metrics[name]:.3g}" for name in shown}, refresh=False)
+        shown = [f"{title} {metrics[name]:.3g}" for name, title in REPORTED.items() if name in metrics]
+        self.bar.set_postfix_str(", ".join(shown[:3]), refresh=False)
         self.bar.update()
-        self.write(step + 1, metrics, (step + 1) % self.args.logging_steps == 0 or step + 1 == self.steps)
+        report = (step + 1) % self.args.logging_steps == 0 or step + 1 == self.steps
+        if report:
+            say(f"step {step + 1}/{self.steps}  {'  '.join(shown)}")
+        self.write(step + 1, metrics, report)
         if self.skipped == 3:
             fail(f"the gradient was not finite in three steps up to {step + 1}; the checkpoints are intact")
 
     def evaluation_due(self, step: int) -> bool:
         return step % (self.args.eval_steps or self.steps) == 0 or step == self.steps
 
+    def start_evaluation(self) -> None:
+        self.evaluation_start = time.perf_counter()
+        self.bar.set_description("evaluation")
+
     def evaluation(self, step: int, metrics: dict[str, float], samples: list[dict]) -> None:
-        """Write metrics of the test split and completions of test prompts, after `step` steps."""
+        """Write metrics of the test split and completions of test prompts; show what training changed."""
         self.write(step, {f"eval_{name}": value for name, value in metrics.items()}, True, samples)
-        for sample in samples[:3]:
-            say("    " + "  ".join(f"{name} {value!r}" for name, value in sample.items() if name != "step"))
-        self.time = time.perf_counter()
+        if self.is_main:
+            first = json.loads(Path(self.metrics.name).open().readline())  # the evaluation before training
+            rows = map(json.loads, Path(self.completions.name).open())
+            before = {row["row"]: row["greedy"] for row in rows if row["step"] == 0}
+            lines = [
+                f"evaluation after {step} of {self.steps} steps{'before':>20}" + "         now" * (step > 0)
+            ]
+            for name, value in metrics.items():
+                old, now = (f"{math.nan if x is None else x:12.4g}" for x in (first[f"eval_{name}"], value))
+                lines.append(f"    {name:<36}{old}" + now * (step > 0))
+            for sample in samples[len(samples) // 6 :: max(1, len(samples) // 3)]:
+                shown = {
+                    "prompt": sample["prompt"],
+                    "before": before.get(sample["row"]),
+                    "now": sample["greedy"],
+                }
+                shown |= {
+                    name: x for name, x in sample.items() if name not in ("step", "row", "greedy", "sampled")
+                }
+                texts = [f"    {name:<10}{shorten(str(x), 100)!r}" for name, x in shown.items()]
+                lines += ["", *texts[:2], *texts[2 if step else 3 :]]
+            say("\n".join(lines))
+        pause, self.time = time.perf_counter() - self.evaluation_start, time.perf_counter()
+        self.bar.start_t, self.bar.last_print_t = self.bar.start_t + pause, self.bar.last_print_t + pause
+        self.bar.set_description("")  # the bar's clock and estimate leave evaluations out
 
     def write(self, step: int, metrics: dict[str, float], report: bool, samples: list[dict] = ()) -> None:
-        if report:
-            say(f"step {step}/{self.steps} " + " ".join(f"{name} {x:.4g}" for name, x in metrics.items()))
-            if self.tracker:
-                self.tracker.log(metrics, step=step)
+        if report and self.tracker:
+            self.tracker.log(metrics, step=step)
         if self.is_main:
             strict = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
             with one_line(f"cannot write the metrics of step {step}; the checkpoints are intact"):
@@ -799,9 +953,11 @@ def check_output_dir(args: Arguments) -> None:
     old, new = json.loads(file.read_text()), {"script": Path(sys.argv[0]).name} | asdict(args)
     may_change = MAY_CHANGE + ["data_digest"] * (args.data_digest is None)  # before the data are loaded
     differ = [name for name in new if name not in may_change and old.get(name) != new[name]]
-    changes = ", ".join(f"{name} {old.get(name)} (now {new[name]})" for name in differ)
+    changes = ", ".join(f"{name} {old.get(name)} (now {new[name]})" for name in differ[:3])
+    changes += f" and {len(differ) - 3} more differences" * (len(differ) > 3)
     if changes := "one of another version of this program" if old.get("format") != 2 else changes:
-        fail(f"another run is in {args.output_dir}: {changes}; use another, or --overwrite_output_dir")
+        ways = "choose another --output_dir for this run, or replace that one with --overwrite_output_dir"
+        fail(f"another run is in {args.output_dir}: {changes}; {ways}")
     if old["finished"]:
         say(f"finished already, in {args.output_dir}; --overwrite_output_dir starts anew")
         raise SystemExit(0)
@@ -814,10 +970,14 @@ def claim_output_dir(args: Arguments) -> None:
     if dist.get_rank() == 0:
         folder.mkdir(parents=True, exist_ok=True)
         try:
+            import fcntl  # Windows has none
+
             LOCKS[folder] = LOCKS.get(folder) or os.open(folder, os.O_RDONLY)
             fcntl.flock(LOCKS[folder], fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:  # other kinds: the file system has no locks
-            is_free = not isinstance(error, BlockingIOError)
+        except BlockingIOError:
+            is_free = False
+        except (ImportError, OSError):
+            say(f"there are no file locks here: take care that no second run uses {folder}")
     if not from_rank_0(is_free):
         fail(f"another run is running in {args.output_dir}")
     if dist.get_rank() == 0:
@@ -897,7 +1057,11 @@ def save_model(args: Arguments, policy, tokenizer) -> None:
             ignored = ["checkpoints/*", "*.npy", "completions.jsonl", "run.json", "events.out.*"]
             hub.upload_folder(repo_id=name, folder_path=args.output_dir, ignore_patterns=ignored)
         write_run(args, finished=True)
-        say(f"finished: the model is in {args.output_dir}")
+        folder = args.output_dir
+        say(f"finished: {folder} has the model, metrics.jsonl, and samples in completions.jsonl")
+        say(f"    plot: python tests/bench/plot.py {folder}")
+        call = f"pipeline('text-generation', '{folder}')([{{'role': 'user', 'content': input('> ')}}])"
+        say(f'    chat: python -c "from transformers import pipeline; print({call})"')
     dist.barrier()
 
 
@@ -921,41 +1085,55 @@ class Arguments:
     model_name_or_path: str | None = arg(None, "the policy: a Hub name or a directory [the built-in example]")
     model_revision: str = arg("main", "branch, tag or commit of the model on the Hub")
     trust_remote_code: bool = arg(False, "run the model's code, and load weights not in safetensors")
-    dtype: Literal["float32", "bfloat16", "float64"] = arg("float32", "dtype of the trained weights")
-    dataset_name: str | None = arg(None, "a Hub name, a directory, or a json, jsonl, csv or parquet file")
-    dataset_config: str | None = arg(None, "configuration of the dataset")
-    dataset_train_split: str = arg("train", "split to train on")
-    dataset_test_split: str = arg("test", "split to evaluate on")
-    dataset_num_proc: int | None = arg(None, "processes that tokenize")
+    dataset_name: str | None = arg(
+        None, "a Hub name, a directory, or a json, jsonl, csv, tsv or parquet file"
+    )
+    dataset_config: str | None = arg(None, "configuration of the dataset on the Hub")
+    dataset_train_split: str | None = arg(None, "split to train on [train, or train_prefs]")
+    dataset_test_split: str | None = arg(
+        None, "split to evaluate on [test, validation, ..., or a held-out share]"
+    )
+    dataset_num_proc: int | None = arg(None, "processes that tokenize [1]")
+    max_train_samples: int | None = arg(None, "use only so many rows of the training split [all]")
     max_length: int = arg(1024, "tokens of prompt and completion; a longer completion is cut at the end")
-    output_dir: str | None = arg(None, "where results go; a disk that all nodes see [output/<script>]")
-    overwrite_output_dir: bool = arg(False, "start anew: delete the earlier run in output_dir")
+    truncate_prompt: bool = arg(
+        False, "cut a prompt that is too long at its beginning, instead of dropping the row"
+    )
     learning_rate: float = arg(1e-6, "peak learning rate of AdamW")
-    lr_scheduler_type: Literal["linear", "cosine", "constant"] = arg("linear", "decay after the warm-up")
+    lr_scheduler_type: Literal["linear", "cosine", "constant"] = arg("linear", "or cosine, constant: decay")
     warmup_steps: float = arg(0.1, "steps of linear warm-up; below 1: a share of all steps")
     num_train_epochs: float = arg(1.0, "passes over the training pairs")
-    max_steps: int = arg(-1, "if positive, optimizer steps, instead of num_train_epochs")
+    max_steps: int = arg(-1, "optimizer steps, if positive, instead of num_train_epochs")
     batch_size: int | None = arg(None, "pairs per optimizer step, over all processes [64]")
-    gradient_accumulation_steps: int | None = arg(None, "instead of batch_size: passes per step")
-    per_device_train_batch_size: int = arg(8, "pairs per forward pass, at most")
-    per_device_eval_batch_size: int = arg(8, "pairs per pass without training, prompts per generate()")
+    gradient_accumulation_steps: int | None = arg(None, "instead of batch_size: forward passes per step")
     weight_decay: float = arg(0.0, "weight decay of AdamW, on all parameters")
-    adam_beta1: float = arg(0.9, "AdamW's decay of the gradient's running mean")
-    adam_beta2: float = arg(0.999, "AdamW's decay of the squared gradient's running mean")
+    adam_beta1: float = arg(0.9, "AdamW's decay of the running mean of gradients")
+    adam_beta2: float = arg(0.999, "AdamW's decay of the running mean of squared gradients")
     adam_epsilon: float = arg(1e-8, "AdamW's term that keeps its denominator from 0")
     max_grad_norm: float = arg(1.0, "clip the norm of the whole gradient to this")
-    bf16: bool | None = arg(None, "compute in bfloat16; weights keep their dtype [true on a GPU]")
-    gradient_checkpointing: bool = arg(False, "recompute activations in the backward pass, to save memory")
-    eval_strategy: Literal["steps", "no"] = arg("steps", "no: never evaluate")
-    eval_steps: int | None = arg(None, "steps between evaluations, besides those before and after training")
+    seed: int = arg(42, "seed of data order and sampling")
+    per_device_train_batch_size: int = arg(8, "pairs per forward pass of a process, at most")
+    per_device_eval_batch_size: int = arg(8, "pairs per pass without training, prompts per generate()")
+    gradient_checkpointing: bool = arg(
+        False, "recompute activations in the backward pass: slower, less memory"
+    )
+    dtype: Literal["float32", "bfloat16", "float64"] = arg("float32", "or bfloat16, float64: trained weights")
+    bf16: bool = arg(None, "compute in bfloat16; weights keep their dtype [true on a GPU]")
+    eval_strategy: Literal["steps", "no"] = arg("steps", "or no: never evaluate")
+    eval_steps: int | None = arg(None, "steps between evaluations [only before and after training]")
     eval_prompts: int = arg(8, "test prompts that an evaluation completes, greedily and by sampling")
     max_new_tokens: int = arg(128, "tokens of a generated completion, at most")
-    logging_steps: int = arg(10, "steps between reports of metrics; metrics.jsonl has every step")
-    report_to: Literal["none", "tensorboard", "wandb", "trackio"] = arg("none", "tracker of metrics")
+    output_dir: str | None = arg(
+        None, "where results go; a disk that all nodes see [output/<model>-<method>]"
+    )
+    overwrite_output_dir: bool = arg(False, "start anew: delete the earlier run in output_dir")
+    logging_steps: int = arg(10, "steps between reports on the console; metrics.jsonl has every step")
+    report_to: Literal["none", "tensorboard", "wandb", "trackio"] = arg(
+        "none", "or tensorboard, wandb, trackio"
+    )
     run_name: str | None = arg(None, "name of the run in the tracker of report_to")
     save_steps: int = arg(500, "steps between checkpoints; the last step also has one")
     save_total_limit: int = arg(2, "checkpoints to keep")
-    seed: int = arg(42, "seed of data order and sampling")
     push_to_hub: bool = arg(False, "upload the trained model to the Hub")
     hub_model_id: str | None = arg(None, "repository that push_to_hub uploads to [the name of output_dir]")
     traceback: bool = arg(False, "show where an error came from, not only its message")
@@ -980,21 +1158,56 @@ class Arguments:
             raise ValueError(f"--report_to {self.report_to} needs a package: pip install {self.report_to}")
 
 
+# The first argument of each group in --help; a method's own arguments come before these groups.
+GROUPS = dict(model_name_or_path="model", dataset_name="data", learning_rate="optimization")
+GROUPS |= dict(per_device_train_batch_size="memory", eval_strategy="evaluation", output_dir="output")
+MISTAKES = {
+    "--use_peft": "LoRA is not there yet",
+    "--fp16": "use --bf16: float16 would need its loss scaled",
+    "--max_prompt_length": "--max_length is of prompt and completion; see also --truncate_prompt",
+    "--per_device_batch_size": "did you mean --per_device_train_batch_size?",
+}
+
+
+def help_text(kind: type[Arguments], example: dict) -> str:
+    """What --help prints: the method's own arguments, then the groups of those that all methods have."""
+    shared = len(fields(Arguments))
+    lines = [
+        f"usage: {Path(sys.argv[0]).name} --model_name_or_path M --dataset_name D [--argument value ...]"
+    ]
+    lines += ["", Path(sys.argv[0]).stem]
+    for f in [*fields(kind)[shared:], *fields(kind)[: shared - 1]]:
+        lines += ["", GROUPS[f.name]] if f.name in GROUPS else []
+        value = f.default_factory() if f.default is MISSING else f.default
+        text = " ".join(map(str, value)) if isinstance(value, list) else value
+        shown = "" if "[" in f.metadata["help"] or value is None or value is False else f" [{text}]"
+        lines.append(f"  --{f.name:<28} {f.metadata['help']}{shown}")
+    settings = ", ".join(f"{name} {value}" for name, value in example.items() if "name" not in name)
+    return "\n".join(
+        [*lines, "", f"Without model and dataset, the built-in example runs, with {settings}.", ""]
+    )
+
+
 def parse(kind: type[Arguments], **toy) -> Arguments:
     """The command line's arguments. With neither model nor dataset given, TOY and `toy` are the defaults."""
     parser = transformers.HfArgumentParser(kind, allow_abbrev=False)
-    parser.error = fail
-    given, unknown = parser.parse_known_args()
+    parser.error, parser.format_help = fail, partial(help_text, kind, TOY | toy)
+    argv = [text.replace("--warmup_ratio", "--warmup_steps") for text in sys.argv[1:]]
+    given, unknown = parser.parse_known_args(argv)
     if unknown:
         near = difflib.get_close_matches(unknown[0], [f"--{f.name}" for f in fields(kind)], 1)
-        fail(f"unknown argument {unknown[0]}; {f'did you mean {near[0]}?' if near else '--help lists all'}")
+        hint = f"did you mean {near[0]}?" if near else "--help lists all"
+        fail(f"unknown argument {unknown[0]}; {MISTAKES.get(unknown[0], hint)}")
     if bool(given.model_name_or_path) != bool(given.dataset_name):
         fail("--model_name_or_path and --dataset_name go together (with neither, the built-in example runs)")
-    if not given.model_name_or_path:
+    name = "toy"
+    if given.model_name_or_path:
+        name = Path(given.model_name_or_path).resolve().name
+    else:
         parser.set_defaults(**TOY | toy | ({"batch_size": None} if given.gradient_accumulation_steps else {}))
     try:
-        (args,) = parser.parse_args_into_dataclasses()
+        (args,) = parser.parse_args_into_dataclasses(argv)
     except ValueError as error:
         fail(str(error))
-    args.output_dir = args.output_dir or f"output/{Path(sys.argv[0]).stem}"
+    args.output_dir = args.output_dir or f"output/{name}-{Path(sys.argv[0]).stem}"
     return args

@@ -132,6 +132,7 @@ def frozen_logps(reference, args: Arguments, batch: Batch) -> Tensor:
 def evaluate(policy, reference_logps, tokenizer, test: Data, args, log, step: int, bco_rewards) -> None:
     """Metrics of the test pairs, all of them as one global batch, and completions of test prompts."""
     # Here aot sorts what all processes hold at a time: its value depends on per_device_eval_batch_size.
+    log.start_evaluation()
     rows = test.lengths.sum(1).argsort(kind="stable")  # micro-batches of similar length
     for batch in common.micro_batches(test, rows, args.per_device_eval_batch_size, policy.device):
         log.add(loss_and_metrics(policy, reference_logps, batch, args, bco_rewards)[1])
@@ -160,7 +161,7 @@ def main(args: Arguments) -> None:
         reference = None
         gc.collect()  # the model refers to itself through token_logps: only the collector frees it
 
-    log = common.Log(args, first_step, len(batches), len(train.lengths), device)
+    log = common.Log(args, first_step, batches, train, device)
     if test is not None and log.evaluation_due(first_step):
         evaluate(policy, test_reference, tokenizer, test, args, log, first_step, bco_rewards)
     for step in range(first_step, len(batches)):
@@ -436,7 +437,7 @@ def load_reference(args: Arguments, device: torch.device, tokenizer, policy):
 def precompute(reference_logps, train: Data, test: Data | None, batches, args: Arguments, device) -> tuple:
     """Compute the reference's log-probabilities of all pairs; a function of a batch for each split."""
     # The micro-batches of epoch 1, so that the reference rounds as the policy does; then the rows left over.
-    first_epoch = batches[: len(train.lengths) // args.batch_size]
+    first_epoch = batches[: len(train.lengths) // batches.shape[1]]
     groups, size = [*first_epoch, np.setdiff1d(batches, first_epoch)], args.per_device_train_batch_size
     train_table = reference_table(reference_logps, train, "train", groups, size, args, device)
     if test is None:
@@ -495,6 +496,8 @@ class Arguments(common.Arguments):
                 raise ValueError("rpo_alpha adds the loss type sft, which is there already: give it a weight")
             self.loss_type, self.loss_weights = [*self.loss_type, "sft"], [*self.loss_weights, self.rpo_alpha]
         types = {*self.loss_type}
+        for name in types & {"cpo", "simpo", "alphapo", "orpo", "xpo"}:
+            raise ValueError(f"loss_type {name} is in {'cpo' if name == 'simpo' else name}.py")
         if self.label_smoothing and not types & {*SMOOTHED}:
             raise ValueError(f"label_smoothing has no meaning for {', '.join(self.loss_type)}")
         if self.f_divergence_type != "reverse_kl" and not types & {*MARGIN}:

@@ -285,18 +285,22 @@ def sample_metrics(samples: Samples, total: int) -> dict[str, Tensor | float]:
 @torch.no_grad()
 def evaluate(policy, reference, decide, tokenizer, test: Data, args: Arguments, log, step: int) -> None:
     """Log how often the policy's answers beat the reference's on test prompts, with completions."""
+    log.start_evaluation()
     metrics, completions = common.complete(policy, tokenizer, test, args, step)
     if not completions:  # there are fewer test prompts than processes, or eval_prompts is 0
         return
     total = len(completions)
-    rows = range(dist.get_rank(), total, dist.get_world_size())
+    rows = [completion["row"] for completion in completions][dist.get_rank() :: dist.get_world_size()]
     samples = sample(policy, reference, decide, tokenizer, test, rows, args)
     log.add(sample_metrics(samples, total))
     repeated = [prompt for prompt, _, _ in samples.tokens for _ in range(4)]
     four = common.generate(policy, tokenizer, repeated, args, **sampling(args))
     distinct = [len({tuple(y) for y in four[i : i + 4]}) for i in range(0, len(four), 4)]
     log.add({"distinct_of_4": sum(distinct) / total})
-    columns = {"texts": samples.texts, "preference": samples.preferences.tolist()}
+    columns = dict(zip(("policy", "reference"), zip(*samples.texts, strict=True), strict=True))
+    columns["winner"] = [
+        {1: "policy", -1: "reference", 0: "neither"}[p] for p in samples.preferences.tolist()
+    ]
     columns |= {} if samples.scores is None else {"scores": samples.scores.tolist()}
     completions = [a | b for a, b in zip(completions, common.gather_rows(columns), strict=True)]
     log.evaluation(step, log.all_reduce()[0] | metrics, completions)
@@ -318,19 +322,19 @@ def main(args: Arguments) -> None:
     common.claim_output_dir(args)
     first_step = common.resume(args, policy, optimizer, method_state)
 
-    log = common.Log(args, first_step, len(batches), len(train.lengths), device)
+    log = common.Log(args, first_step, batches, train, device)
     if test is not None and log.evaluation_due(first_step):
         evaluate(policy, reference, decide, tokenizer, test, args, log, first_step)
     for step in range(first_step, len(batches)):
         torch.manual_seed(hash((args.seed, step, rank)))  # makes a step reproducible after a resume
         lr = common.set_learning_rate(optimizer, step, len(batches), args)
-        epoch = step // (len(train.lengths) // args.batch_size)
+        epoch = step // (len(train.lengths) // batches.shape[1])
         samples = sample(policy, reference, decide, tokenizer, train, batches[step][rank::world], args)
         policy_wins = samples.preferences.to(device) >= 0  # ties count for the policy
         start = time.perf_counter()
         for i in range(0, len(policy_wins), args.per_device_train_batch_size):
             part = slice(i, i + args.per_device_train_batch_size)
-            batch = common.collate(samples.tokens[part], device, global_pairs=args.batch_size)
+            batch = common.collate(samples.tokens[part], device, global_pairs=batches.shape[1])
             loss, metrics = loss_and_metrics(policy, reference, batch, policy_wins[part], args, epoch)
             (loss * world).backward()  # fully_shard averages gradients over processes; the sum is needed
             log.add(metrics)
@@ -342,7 +346,7 @@ def main(args: Arguments) -> None:
 
         seconds = samples.seconds | {"time/training": time.perf_counter() - start}
         log.add({name: value / world for name, value in seconds.items()})
-        log.add(sample_metrics(samples, args.batch_size))
+        log.add(sample_metrics(samples, batches.shape[1]))
         log.add({"tokens": sum(len(ids) for three in samples.tokens for ids in three)})
         metrics, interrupted = log.all_reduce()
         metrics |= {"alpha": value_in(args.alpha, epoch), "beta": value_in(args.beta, epoch)}

@@ -138,7 +138,29 @@ WRONG = [  # method, flags, what is said
     # Data.
     ("dpo", "{model} {dir}/nowhere.jsonl", "cannot load the dataset {dir}/nowhere.jsonl: "),
     ("dpo", "{model} {dir}/malformed.jsonl", "cannot load the dataset {dir}/malformed.jsonl: "),
-    ("cpo", "{model} {dir}/empty.jsonl", "cannot load the dataset"),
+    ("cpo", "{model} {dir}/empty.jsonl", "{dir}/empty.jsonl is empty"),
+    (
+        "dpo",
+        "{model} {dir}/pairs.txt",
+        "pairs.txt is not a file of the kinds .json, .jsonl, .csv, .tsv, .parquet",
+    ),
+    ("dpo", "{model} {dir}/orca.jsonl", "most rows of the train split have no prompt"),
+    (
+        "orpo",
+        "{model} {dir}/orca.jsonl",
+        'datasets.Dataset.from_json("{dir}/orca.jsonl").rename_column("question", "prompt").to_json(',
+    ),
+    ("cpo", "{model} {dir}/kto.jsonl", "found prompt, completion, label; neither KTO's labels nor"),
+    ("cpo", "{model} {dir}/sharegpt.jsonl", "found conversations, chosen, rejected; neither"),
+    ("cpo", "{model} {dir}/from.jsonl", "chosen is {'from': 'gpt'"),
+    ("dpo", "{model} {dir}/missing.csv", "no rows of the train split are left: rejected is empty"),
+    ("dpo", "--loss_type simpo", "loss_type simpo is in cpo.py"),
+    ("dpo", "--loss_type sigmoid orpo", "loss_type orpo is in orpo.py"),
+    ("dpo", "--use_peft", "unknown argument --use_peft; LoRA is not there yet"),
+    ("cpo", "--gamma 1", "did you mean --simpo_gamma?"),
+    ("xpo", "--fp16", "use --bf16"),
+    ("dpo", "--max_prompt_length 512", "see also --truncate_prompt"),
+    ("dpo", "--per_device_batch_size 2", "did you mean --per_device_train_batch_size?"),
     (
         "dpo",
         "{model} {dir}/columns.jsonl",
@@ -147,15 +169,13 @@ WRONG = [  # method, flags, what is said
     ("xpo", "{model} {dir}/columns.jsonl --reward_model_path r", "the train split needs columns prompt"),
     ("orpo", "{model} {dir}/numbers.jsonl", "the train split: chosen is 1, not a text"),
     ("alphapo", "{model} {dir}/blank.jsonl", "no rows of the train split are left: "),
-    ("dpo", "{model} {dir}/one.jsonl", "1 rows do not fill a batch: --batch_size can be 1"),
     (
         "dpo",
         "{model} {dir}/one.jsonl --dataset_train_split validation",
         "no split 'validation'; it has train",
     ),
     ("dpo", "--max_length 3", "no rows of the train split are left: "),
-    ("dpo", "--batch_size 5000", "do not fill a batch"),
-    ("dpo", "{model} {dir}/images.jsonl", "no rows of the train split are left: "),
+    ("dpo", "{model} {dir}/images.jsonl", "a message has a part of type image, and only text is read"),
     ("cpo", "{model} {dir}/roles.jsonl", "no rows of the train split are left: "),
     (
         "dpo",
@@ -170,7 +190,7 @@ WRONG = [  # method, flags, what is said
     (
         "xpo",
         "{model} {dir}/parts.jsonl --reward_model_path r",
-        "no rows of the train split are left: ",
+        "the train split: prompt is [{'type': 'text', 'text': '1'}], not a text or messages",
     ),
     (
         "dpo",
@@ -198,6 +218,18 @@ def wrong(tmp_path_factory) -> Path:
         "images": {"chosen": IMAGE, "rejected": other(IMAGE)},
         "roles": {"chosen": ROLES, "rejected": other(ROLES)},
     }
+    rows |= {
+        "orca": {"system": "s", "question": "1", "chosen": "one", "rejected": "two"},
+        "kto": {"prompt": "1", "completion": "one", "label": True},
+        "sharegpt": {"conversations": [{"from": "human", "value": "1"}], "chosen": "one", "rejected": "two"},
+        "from": {
+            "prompt": "1",
+            "chosen": {"from": "gpt", "value": "1"},
+            "rejected": {"from": "gpt", "value": "2"},
+        },
+    }
+    (folder / "pairs.txt").write_text(json.dumps(PAIR))
+    (folder / "missing.csv").write_text("prompt,chosen,rejected\n1,one\n")
     for name, row in rows.items():
         (folder / f"{name}.jsonl").write_text(json.dumps(row))
     (folder / "empty.jsonl").write_text("")

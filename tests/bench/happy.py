@@ -30,7 +30,7 @@ def evaluations(folder: str) -> dict[int, tuple[float, ...]]:
     kl = {line["step"]: line[name] for line in steps if name in line}  # of the step before
     found = {}
     for step in sorted({line["step"] for line in lines}):
-        texts = [line["texts"] for line in lines if line["step"] == step]
+        texts = [(line["policy"], line["reference"]) for line in lines if line["step"] == step]
         policy, reference = ([happy_words(pair[i]) for pair in texts] for i in (0, 1))
         words = [word for pair in texts for word in re.findall("[a-z]+", pair[0].lower())]
         found[step] = mean(policy), mean(reference), len({*words}) / len(words), kl.get(step, 0.0)
