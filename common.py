@@ -13,6 +13,7 @@ import json
 import math
 import os
 import re
+import reprlib
 import shutil
 import signal
 import sys
@@ -25,7 +26,7 @@ from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from types import MethodType, SimpleNamespace
-from typing import Literal, NamedTuple, NoReturn, TextIO
+from typing import Literal, NamedTuple, NoReturn, TextIO, get_origin
 
 import datasets
 import huggingface_hub
@@ -240,6 +241,8 @@ TRAIN_SPLITS = ["train", "train_prefs"]  # the first of these that a dataset has
 TEST_SPLITS = ["test", "validation", "valid", "dev", "eval", "test_prefs", "test_sft"]
 LIKELY_PROMPTS = ["question", "input", "instruction", "query"]
 NO_PROMPT = "there is no prompt"
+SHORT = reprlib.Repr()  # prints texts in quotes, and long ones without their middle
+SHORT.maxstring = 200
 
 
 class Data(NamedTuple):
@@ -268,19 +271,14 @@ def load_data(args: Arguments, tokenizer, completions=("chosen", "rejected"), *,
     if tokenizer.chat_template and isinstance(split_prompt(data[0].raw[0])[0], str):
         message = '[{"role": "user", "content": ...}]'
         say(f"texts are used as they are; for the model's chat template, write messages: {message}")
-    example = {name: shorten(tokenizer.decode(ids), 600) for name, ids in data[0].tokens[0].items()}
-    say("the first row: " + " ".join(f"{name}【{text}】" for name, text in example.items()))
+    example = {name: tokenizer.decode(ids) for name, ids in data[0].tokens[0].items()}
+    say("the first row: " + "  ".join(f"{name} {SHORT.repr(text)}" for name, text in example.items()))
     digest = hashlib.sha256(b"".join(split.lengths.tobytes() for split in data))
     for column in [split.tokens.data.column(name) for split in data for name in columns]:
         for chunk in column.chunks:
             digest.update(chunk.flatten().to_numpy())
     args.data_digest = digest.hexdigest()[:12]  # a run resumes with the tokens it began with
     return (*data, None)[:2]
-
-
-def shorten(text: str, length: int) -> str:
-    """The text, without its middle if it is longer."""
-    return text if len(text) <= length else f"{text[: length // 2]} [...] {text[-length // 2 :]}"
 
 
 def read_dataset(args: Arguments, columns: tuple) -> dict[str, datasets.Dataset]:
@@ -320,7 +318,8 @@ def hold_out(data: Data) -> list[Data]:
     say(f"no test split: {size} of {n} rows are held out for evaluation; --eval_strategy no trains on all")
     parts = [np.sort(rows[size:]), np.sort(rows[:size])][: 1 + (size > 0)]
     return [
-        Data(data.raw.select(part), data.tokens.select(part), data.lengths[part], *data[3:]) for part in parts
+        data._replace(raw=data.raw.select(p), tokens=data.tokens.select(p), lengths=data.lengths[p])
+        for p in parts
     ]
 
 
@@ -332,14 +331,14 @@ def tokenize_split(raw, name: str, args: Arguments, tokenizer, columns: tuple, s
         fail(f"the {name} split needs columns {', '.join(columns)}{found}")
     options = dict(tokenizer=tokenizer, completions=completions, max_length=args.max_length)
     options |= dict(room=1 if completions else args.max_new_tokens, truncate_prompt=args.truncate_prompt)
-    text, ids = datasets.Value("string"), datasets.List(datasets.Value("int32"))
-    features = datasets.Features(
-        dict.fromkeys(columns, ids) | {"problem": text, "notes": datasets.List(text)}
-    )
+    features = dict.fromkeys(columns, datasets.List(datasets.Value("int32")))
+    features |= {"problem": datasets.Value("string"), "notes": datasets.List(datasets.Value("string"))}
     # The default fingerprint of `map` does not see that the code of a function has changed.
     code = Path(__file__).read_text() if Path(__file__).is_file() else ""
     fingerprint = datasets.fingerprint.Hasher.hash([raw._fingerprint, code, [*options.values()]])
-    map_options = dict(features=features, remove_columns=raw.column_names, new_fingerprint=fingerprint)
+    map_options = dict(
+        features=datasets.Features(features), remove_columns=raw.column_names, new_fingerprint=fingerprint
+    )
     is_first = int(os.environ.get("LOCAL_RANK", 0)) == 0
     if not is_first:  # wait for the first process of this machine, then find its work in the cache
         dist.barrier()
@@ -404,10 +403,7 @@ def tokenize(row: dict, tokenizer, completions: list[str], max_length: int, room
             whole = [encode(tokenizer, prompt, y, **template) for y in answers]
             # A token may span prompt and completion, or depend on what follows: the prompt is what all share.
             shared = min([len(prompt_ids), *(shared_length(prompt_ids, ids) for ids in whole)])
-            spans = shared < len(prompt_ids)
-            result["notes"] = [
-                "have a token across prompt and completion, which counts as completion"
-            ] * spans
+            result["notes"] = ["have a token of prompt and completion at once"] * (shared < len(prompt_ids))
             return [prompt_ids[:shared], *(ids[shared:] for ids in whole)]
 
         parts = parts_of(prompt or "")
@@ -426,10 +422,8 @@ def tokenize(row: dict, tokenizer, completions: list[str], max_length: int, room
         return result | {"problem": "the prompt has no tokens"}
     prompt_ids = prompt_ids or [tokenizer.bos_token_id]  # something has to predict a completion's first token
     if len(prompt_ids) + room > max_length:
-        flag = "" if truncate_prompt else "; --truncate_prompt keeps its end"
-        return result | {
-            "problem": f"the prompt leaves no room for a completion in max_length {max_length}{flag}"
-        }
+        problem = f"the prompt leaves no room for a completion in max_length {max_length}"
+        return result | {"problem": problem + "; --truncate_prompt keeps its end" * (not truncate_prompt)}
     if any(len(prompt_ids) + len(ids) > max_length for ids in answers):
         result["notes"].append(f"have a completion that is cut at max_length {max_length}")
     ids = {name: ids[: max_length - len(prompt_ids)] for name, ids in zip(completions, answers, strict=True)}
@@ -480,9 +474,7 @@ def plain(value):
     value = {name: plain(item) for name, item in value.items() if item is not None}
     if isinstance(value.get("content"), list):
         if others := {part.get("type") for part in value["content"]} - {"text"}:
-            raise ValueError(
-                f"a message has a part of type {', '.join(map(str, others))}, and only text is read"
-            )
+            raise ValueError(f"a message has a part of type {min(map(str, others))}, and only text is read")
         value["content"] = "".join(part["text"] for part in value["content"])
     return value
 
@@ -782,7 +774,7 @@ def gather_rows(columns: dict[str, list]) -> list[dict]:
 # -------------------------------------------------------------------------------------------------------- log
 # What a line of the console shows, and how it is named there; metrics.jsonl has all metrics of every step.
 REPORTED = {"loss": "loss", "rewards/margins": "margin", "rewards/accuracies": "accuracy"}
-REPORTED |= {"logps/chosen": "log π chosen", "logps/rejected": "rejected", "objective/win_rate": "win rate"}
+REPORTED |= {"logps/chosen": "log π chosen", "logps/rejected": "rejected", "objective/win_rate": "wins"}
 REPORTED |= {"learning_rate": "lr", "pairs_per_second": "pairs/s"}
 
 
@@ -793,9 +785,7 @@ class Log:
     the sum over processes is the mean. After SIGTERM or SIGINT, all_reduce says so at the end of the step.
     """
 
-    def __init__(
-        self, args: Arguments, first_step: int, batches: np.ndarray, train: Data, device: torch.device
-    ):
+    def __init__(self, args: Arguments, first_step: int, batches: np.ndarray, train: Data, device):
         self.args, self.device, (self.steps, self.pairs) = args, device, batches.shape
         self.steps_per_epoch = len(train.lengths) // self.pairs
         self.shares, self.signals = {}, []
@@ -857,28 +847,23 @@ class Log:
         if self.is_main:
             first = json.loads(Path(self.metrics.name).open().readline())  # the evaluation before training
             rows = map(json.loads, Path(self.completions.name).open())
-            before = {row["row"]: row["greedy"] for row in rows if row["step"] == 0}
-            lines = [
-                f"evaluation after {step} of {self.steps} steps{'before':>20}" + "         now" * (step > 0)
-            ]
+            greedy = {row["row"]: row["greedy"] for row in rows if row["step"] == 0}
+            lines = [f"{f'evaluation after {step} of {self.steps} steps':<40}{'before':>12}{'now':>12}"]
             for name, value in metrics.items():
-                old, now = (f"{math.nan if x is None else x:12.4g}" for x in (first[f"eval_{name}"], value))
-                lines.append(f"    {name:<36}{old}" + now * (step > 0))
+                before = first[f"eval_{name}"]  # null in the file, if it was not finite
+                lines.append(f"    {name:<36}{math.nan if before is None else before:12.4g}{value:12.4g}")
             for sample in samples[len(samples) // 6 :: max(1, len(samples) // 3)]:
-                shown = {
-                    "prompt": sample["prompt"],
-                    "before": before.get(sample["row"]),
-                    "now": sample["greedy"],
-                }
-                shown |= {
-                    name: x for name, x in sample.items() if name not in ("step", "row", "greedy", "sampled")
-                }
-                texts = [f"    {name:<10}{shorten(str(x), 100)!r}" for name, x in shown.items()]
-                lines += ["", *texts[:2], *texts[2 if step else 3 :]]
+                before = greedy.get(sample["row"])
+                shown = {"prompt": sample["prompt"], "before": before, "now": sample["greedy"]} | sample
+                hidden = {"step", "row", "greedy", "sampled"}
+                lines += ["", *(f"    {k:<10}{SHORT.repr(v)}" for k, v in shown.items() if k not in hidden)]
             say("\n".join(lines))
-        pause, self.time = time.perf_counter() - self.evaluation_start, time.perf_counter()
-        self.bar.start_t, self.bar.last_print_t = self.bar.start_t + pause, self.bar.last_print_t + pause
-        self.bar.set_description("")  # the bar's clock and estimate leave evaluations out
+            pause = (
+                time.perf_counter() - self.evaluation_start
+            )  # which the bar's clock and estimate leave out
+            self.bar.start_t, self.bar.last_print_t = self.bar.start_t + pause, self.bar.last_print_t + pause
+            self.bar.set_description("")
+        self.time = time.perf_counter()
 
     def write(self, step: int, metrics: dict[str, float], report: bool, samples: list[dict] = ()) -> None:
         if report and self.tracker:
@@ -1041,6 +1026,11 @@ def resume(args: Arguments, policy, optimizer, method_state: dict) -> int:
     return 0
 
 
+FINISHED = """finished: DIR has the model, metrics.jsonl, and samples in completions.jsonl
+    plot: python tests/bench/plot.py DIR
+    chat: python tests/bench/chat.py DIR"""
+
+
 def save_model(args: Arguments, policy, tokenizer) -> None:
     """Save model and tokenizer for from_pretrained(output_dir), and upload them to the Hub if asked to."""
     on_rank_0 = dsd.StateDictOptions(full_state_dict=True, cpu_offload=True)
@@ -1057,11 +1047,7 @@ def save_model(args: Arguments, policy, tokenizer) -> None:
             ignored = ["checkpoints/*", "*.npy", "completions.jsonl", "run.json", "events.out.*"]
             hub.upload_folder(repo_id=name, folder_path=args.output_dir, ignore_patterns=ignored)
         write_run(args, finished=True)
-        folder = args.output_dir
-        say(f"finished: {folder} has the model, metrics.jsonl, and samples in completions.jsonl")
-        say(f"    plot: python tests/bench/plot.py {folder}")
-        call = f"pipeline('text-generation', '{folder}')([{{'role': 'user', 'content': input('> ')}}])"
-        say(f'    chat: python -c "from transformers import pipeline; print({call})"')
+        say(FINISHED.replace("DIR", args.output_dir))
     dist.barrier()
 
 
@@ -1085,22 +1071,18 @@ class Arguments:
     model_name_or_path: str | None = arg(None, "the policy: a Hub name or a directory [the built-in example]")
     model_revision: str = arg("main", "branch, tag or commit of the model on the Hub")
     trust_remote_code: bool = arg(False, "run the model's code, and load weights not in safetensors")
-    dataset_name: str | None = arg(
-        None, "a Hub name, a directory, or a json, jsonl, csv, tsv or parquet file"
-    )
+    dataset_name: str | None = arg(None, "a Hub name, a directory, or a jsonl, json, csv, tsv, parquet file")
     dataset_config: str | None = arg(None, "configuration of the dataset on the Hub")
     dataset_train_split: str | None = arg(None, "split to train on [train, or train_prefs]")
     dataset_test_split: str | None = arg(
-        None, "split to evaluate on [test, validation, ..., or a held-out share]"
+        None, "split to evaluate on [test, validation, ... or a held-out share]"
     )
     dataset_num_proc: int | None = arg(None, "processes that tokenize [1]")
     max_train_samples: int | None = arg(None, "use only so many rows of the training split [all]")
     max_length: int = arg(1024, "tokens of prompt and completion; a longer completion is cut at the end")
-    truncate_prompt: bool = arg(
-        False, "cut a prompt that is too long at its beginning, instead of dropping the row"
-    )
+    truncate_prompt: bool = arg(False, "cut the beginning of long prompts; otherwise their rows are dropped")
     learning_rate: float = arg(1e-6, "peak learning rate of AdamW")
-    lr_scheduler_type: Literal["linear", "cosine", "constant"] = arg("linear", "or cosine, constant: decay")
+    lr_scheduler_type: Literal["linear", "cosine", "constant"] = arg("linear", "decay after the warm-up")
     warmup_steps: float = arg(0.1, "steps of linear warm-up; below 1: a share of all steps")
     num_train_epochs: float = arg(1.0, "passes over the training pairs")
     max_steps: int = arg(-1, "optimizer steps, if positive, instead of num_train_epochs")
@@ -1114,23 +1096,17 @@ class Arguments:
     seed: int = arg(42, "seed of data order and sampling")
     per_device_train_batch_size: int = arg(8, "pairs per forward pass of a process, at most")
     per_device_eval_batch_size: int = arg(8, "pairs per pass without training, prompts per generate()")
-    gradient_checkpointing: bool = arg(
-        False, "recompute activations in the backward pass: slower, less memory"
-    )
-    dtype: Literal["float32", "bfloat16", "float64"] = arg("float32", "or bfloat16, float64: trained weights")
+    gradient_checkpointing: bool = arg(False, "recompute activations in the backward pass, to save memory")
+    dtype: Literal["float32", "bfloat16", "float64"] = arg("float32", "of the trained weights")
     bf16: bool = arg(None, "compute in bfloat16; weights keep their dtype [true on a GPU]")
-    eval_strategy: Literal["steps", "no"] = arg("steps", "or no: never evaluate")
+    eval_strategy: Literal["steps", "no"] = arg("steps", "when to evaluate")
     eval_steps: int | None = arg(None, "steps between evaluations [only before and after training]")
     eval_prompts: int = arg(8, "test prompts that an evaluation completes, greedily and by sampling")
     max_new_tokens: int = arg(128, "tokens of a generated completion, at most")
-    output_dir: str | None = arg(
-        None, "where results go; a disk that all nodes see [output/<model>-<method>]"
-    )
+    output_dir: str | None = arg(None, "results; a disk that all nodes see [output/<model>-<method>]")
     overwrite_output_dir: bool = arg(False, "start anew: delete the earlier run in output_dir")
     logging_steps: int = arg(10, "steps between reports on the console; metrics.jsonl has every step")
-    report_to: Literal["none", "tensorboard", "wandb", "trackio"] = arg(
-        "none", "or tensorboard, wandb, trackio"
-    )
+    report_to: Literal["none", "tensorboard", "wandb", "trackio"] = arg("none", "the tracker")
     run_name: str | None = arg(None, "name of the run in the tracker of report_to")
     save_steps: int = arg(500, "steps between checkpoints; the last step also has one")
     save_total_limit: int = arg(2, "checkpoints to keep")
@@ -1169,22 +1145,20 @@ MISTAKES = {
 }
 
 
-def help_text(kind: type[Arguments], example: dict) -> str:
+def help_text(kind: type[Arguments], toy: dict) -> str:
     """What --help prints: the method's own arguments, then the groups of those that all methods have."""
-    shared = len(fields(Arguments))
-    lines = [
-        f"usage: {Path(sys.argv[0]).name} --model_name_or_path M --dataset_name D [--argument value ...]"
-    ]
-    lines += ["", Path(sys.argv[0]).stem]
+    shared, method = len(fields(Arguments)), Path(sys.argv[0]).stem
+    lines = [f"{method}.py --model_name_or_path ... --dataset_name ... [--argument value ...]", "", method]
     for f in [*fields(kind)[shared:], *fields(kind)[: shared - 1]]:
         lines += ["", GROUPS[f.name]] if f.name in GROUPS else []
-        value = f.default_factory() if f.default is MISSING else f.default
-        text = " ".join(map(str, value)) if isinstance(value, list) else value
-        shown = "" if "[" in f.metadata["help"] or value is None or value is False else f" [{text}]"
-        lines.append(f"  --{f.name:<28} {f.metadata['help']}{shown}")
-    settings = ", ".join(f"{name} {value}" for name, value in example.items() if "name" not in name)
+        value, text = f.default_factory() if f.default is MISSING else f.default, f.metadata["help"]
+        text += f": {', '.join(f.type.__args__)}" if get_origin(f.type) is Literal else ""
+        value = " ".join(map(str, value)) if isinstance(value, list) else value
+        shown = "" if "[" in text or value is None or value is False else f" [{value}]"
+        lines.append(f"  --{f.name:<28} {text}{shown}")
+    settings = ", ".join(f"{name} {value}" for name, value in toy.items() if "name" not in name)
     return "\n".join(
-        [*lines, "", f"Without model and dataset, the built-in example runs, with {settings}.", ""]
+        [*lines, "", f"With neither model nor dataset, the built-in example runs: {settings}", ""]
     )
 
 
@@ -1196,18 +1170,16 @@ def parse(kind: type[Arguments], **toy) -> Arguments:
     given, unknown = parser.parse_known_args(argv)
     if unknown:
         near = difflib.get_close_matches(unknown[0], [f"--{f.name}" for f in fields(kind)], 1)
-        hint = f"did you mean {near[0]}?" if near else "--help lists all"
-        fail(f"unknown argument {unknown[0]}; {MISTAKES.get(unknown[0], hint)}")
+        near = MISTAKES.get(unknown[0]) or (f"did you mean {near[0]}?" if near else "--help lists all")
+        fail(f"unknown argument {unknown[0]}; {near}")
     if bool(given.model_name_or_path) != bool(given.dataset_name):
         fail("--model_name_or_path and --dataset_name go together (with neither, the built-in example runs)")
-    name = "toy"
-    if given.model_name_or_path:
-        name = Path(given.model_name_or_path).resolve().name
-    else:
+    if not given.model_name_or_path:
         parser.set_defaults(**TOY | toy | ({"batch_size": None} if given.gradient_accumulation_steps else {}))
     try:
         (args,) = parser.parse_args_into_dataclasses(argv)
     except ValueError as error:
         fail(str(error))
+    name = Path(given.model_name_or_path or "toy").resolve().name
     args.output_dir = args.output_dir or f"output/{name}-{Path(sys.argv[0]).stem}"
     return args

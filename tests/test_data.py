@@ -306,8 +306,7 @@ def test_a_token_across_the_boundary_is_the_completions(name, tmp_path, capsys):
             tokens = row[part] if start == tok.bos_token else row["prompt"] + row[part]
             assert tokens == [*ids(text["prompt"] + text[part], tok), tok.eos_token_id]
     assert (
-        len(re.findall("2 of . rows .* have a token across prompt and completion", capsys.readouterr().out))
-        == 1
+        len(re.findall("2 of . rows .* have a token of prompt and completion", capsys.readouterr().out)) == 1
     )
 
 
@@ -390,8 +389,7 @@ def test_a_generation_prompt_that_the_finished_chat_lacks_is_left_out(tmp_path, 
         "yo<|im_end|>\n", tok
     )
     assert (
-        len(re.findall("2 of . rows .* have a token across prompt and completion", capsys.readouterr().out))
-        == 1
+        len(re.findall("2 of . rows .* have a token of prompt and completion", capsys.readouterr().out)) == 1
     )
 
 

@@ -173,7 +173,7 @@ def test_a_run_is_resumed_with_the_data_it_began_with(tmp_path):
         data.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
     flags = ["--model_name_or_path", TOY_MODEL, "--dataset_name", str(data), "--batch_size", "8"]
-    flags += ["--max_steps", "200", "--precompute_ref_log_probs"]
+    flags += ["--max_steps", "200", "--precompute_ref_log_probs", "--eval_strategy", "no"]
     write(rows)
     stop("dpo.py", out, *flags, after_steps=3, by=signal.SIGTERM)
     before = metrics_of(out)

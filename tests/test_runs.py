@@ -138,11 +138,12 @@ def test_before_the_first_step_policy_and_reference_agree_exactly(tmp_path):
 def test_a_reference_is_in_the_dtype_of_the_computation_unless_it_is_updated(bf16):
     frozen = torch.bfloat16 if bf16 else torch.float32
     tokenizer, device = AutoTokenizer.from_pretrained(common.TOY_MODEL), torch.device("cpu")
+    args = dpo.Arguments(common.TOY_MODEL, bf16=bf16)
+    policy = common.load_model(common.TOY_MODEL, args, device, trainable=True)
     for sync_ref_model, dtype in ((False, frozen), (True, torch.float32)):
         args = dpo.Arguments(common.TOY_MODEL, bf16=bf16, sync_ref_model=sync_ref_model)
-        reference = dpo.load_reference(args, device, tokenizer)
+        reference = dpo.load_reference(args, device, tokenizer, policy)
         assert {parameter.dtype for parameter in reference.parameters()} == {dtype}
-    policy = common.load_model(common.TOY_MODEL, args, device, trainable=True)
     assert {parameter.dtype for parameter in policy.parameters()} == {torch.float32}
 
 

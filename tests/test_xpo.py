@@ -323,7 +323,7 @@ def test_a_resumed_run_is_bitwise_the_uninterrupted_one(tmp_path, judge, process
     last = metrics_of(tmp_path / "a")[-1]
     assert 0 <= last["eval_objective/win_rate"] <= 1 and 1 <= last["eval_distinct_of_4"] <= 4
     sample = json.loads((tmp_path / "a" / "completions.jsonl").read_text().splitlines()[0])
-    assert {"step", "prompt", "greedy", "sampled", "answer", "texts", "preference"} <= sample.keys()
+    assert {"step", "prompt", "greedy", "sampled", "answer", "policy", "reference", "winner"} <= sample.keys()
 
 
 def test_processes_sample_independently(tmp_path, judge):
@@ -335,5 +335,5 @@ def test_processes_sample_independently(tmp_path, judge):
     flags = [*judge, "--dataset_name", f"{tmp_path}/data", "--max_steps", "1", "--temperature", "3"]
     succeed("xpo.py", tmp_path / "a", *flags, processes=2)
     lines = [json.loads(line) for line in (tmp_path / "a" / "completions.jsonl").read_text().splitlines()]
-    first, second, *_ = (line["texts"] for line in lines)  # of rank 0 and rank 1
+    first, second, *_ = ((line["policy"], line["reference"]) for line in lines)  # of rank 0 and rank 1
     assert first[0] != second[0] and first[1] != second[1]

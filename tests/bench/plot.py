@@ -1,0 +1,65 @@
+"""Curves of one or more runs: python tests/bench/plot.py output/toy-dpo [output/toy-cpo ...]
+
+Draws loss, margin, accuracy and log π of chosen and rejected answers against the step: lines are training,
+dots are held-out pairs. Reads metrics.jsonl, also of a run that is not finished.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+PANELS = {  # title: metrics
+    "loss": ["loss"],
+    "margin": ["rewards/margins"],
+    "accuracy": ["rewards/accuracies"],
+    "log π(chosen) and, dashed, log π(rejected)": ["logps/chosen", "logps/rejected"],
+}
+
+
+def read(folder: Path, name: str) -> tuple[list[int], list[float]]:
+    """Steps and values of a metric; a value that was not finite is a gap."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    points = [(line["step"], line[name]) for line in lines if name in line]
+    return [step for step, _ in points], [float("nan") if y is None else y for _, y in points]
+
+
+def draw(folders: list[Path], out: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(2, 2, figsize=(10, 6), layout="constrained")
+    for panel, (title, names) in zip(axes.flat, PANELS.items(), strict=True):
+        panel.set_title(title, fontsize=10)
+        panel.set_xlabel("step")
+        panel.grid(alpha=0.3)
+        for i, folder in enumerate(folders):
+            for name, style in zip(names, "-:", strict=False):
+                panel.plot(
+                    *read(folder, name), style, color=f"C{i}", label=folder.name if style == "-" else None
+                )
+                panel.plot(*read(folder, f"eval_{name}"), "o", color=f"C{i}", markersize=5)
+    axes[0, 0].legend()
+    figure.savefig(out, dpi=150)
+    print(out)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("folders", type=Path, nargs="+")
+    parser.add_argument("--out", type=Path, help="the PNG to write [curves.png in the first directory]")
+    args = parser.parse_args()
+    for folder in args.folders:
+        if not (folder / "metrics.jsonl").exists():
+            parser.error(f"{folder} has no metrics.jsonl: it is not the output_dir of a run")
+    try:
+        draw(args.folders, args.out or args.folders[0] / "curves.png")
+    except ModuleNotFoundError as error:
+        parser.error(f"{error}: pip install matplotlib")
+
+
+if __name__ == "__main__":
+    main()
