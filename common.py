@@ -260,7 +260,7 @@ def load_data(args: Arguments, tokenizer, completions=("chosen", "rejected"), *,
     # method that samples (prompts then leave room for max_new_tokens). Prompts and completions are texts, or
     # lists of messages for the chat template. Other columns stay in Data.raw.
     columns = ("prompt", *completions)
-    (name, train), *tests = choose_splits(read_dataset(args, columns), args).items()
+    (name, train), *tests = read_splits(args, columns).items()
     train = train.select(range(min(len(train), args.max_train_samples or len(train))))
     splits = [(name, train), *tests]
     data = [tokenize_split(raw, name, args, tokenizer, columns, score_prompts) for name, raw in splits]
@@ -281,34 +281,30 @@ def load_data(args: Arguments, tokenizer, completions=("chosen", "rejected"), *,
     return (*data, None)[:2]
 
 
-def read_dataset(args: Arguments, columns: tuple) -> dict[str, datasets.Dataset]:
-    """All splits of args.dataset_name."""
+def read_splits(args: Arguments, columns: tuple) -> dict[str, datasets.Dataset]:
+    """The split to train on and, unless eval_strategy is "no", the test split, if the dataset has one."""
     path, kind = Path(args.dataset_name), FILES.get(Path(args.dataset_name).suffix)
     if path.is_file() and not (kind and path.stat().st_size):
         fail(f"{path} is empty" if kind else f"{path} is not a file of the kinds {', '.join(FILES)}")
     options = {"data_files": glob.escape(str(path))} if kind else {"name": args.dataset_config}
     if kind == "csv":  # read these columns as texts: 007 and null stay as written
         texts = dict.fromkeys((*columns, "chosen", "rejected", "answer"), str)
-        options |= {"converters": texts, "keep_default_na": False, "sep": ",\t"[path.suffix == ".tsv"]}
+        options |= {"converters": texts, "keep_default_na": False}
+        options["sep"] = "\t" if path.suffix == ".tsv" else ","
     with one_line(f"cannot load the dataset {path}"):
         if (path / "state.json").exists() or (path / "dataset_dict.json").exists():
-            saved = datasets.load_from_disk(path)  # what save_to_disk wrote: one split, or several
-            return saved if isinstance(saved, dict) else {"train": saved}
-        return datasets.load_dataset(kind or args.dataset_name, **options)
-
-
-def choose_splits(splits: dict, args: Arguments) -> dict[str, datasets.Dataset]:
-    """The split to train on and, unless eval_strategy is "no", the test split, if there is one."""
-
-    def find(name: str | None, usual: list[str]) -> str | None:
-        if name and name not in splits:
-            fail(f"{args.dataset_name} has no split '{name}'; it has {', '.join(splits)}")
-        return name or next((name for name in usual if name in splits), None)
-
-    if not (train := find(args.dataset_train_split, TRAIN_SPLITS)):
-        fail(f"--dataset_train_split has to be one of {', '.join(splits)}")
-    test = find(args.dataset_test_split, TEST_SPLITS) if args.eval_strategy != "no" else None
-    return {name: splits[name] for name in (train, test) if name}
+            splits = datasets.load_from_disk(path)  # what save_to_disk wrote: one split, or several
+            splits = splits if isinstance(splits, dict) else {"train": splits}
+        else:
+            splits = datasets.load_dataset(kind or args.dataset_name, **options)
+    names = []
+    for flag, usual in (("dataset_train_split", TRAIN_SPLITS), ("dataset_test_split", TEST_SPLITS)):
+        asked = getattr(args, flag)
+        found = [name for name in ([asked] if asked else usual) if name in splits]
+        if not found and (asked or flag == "dataset_train_split"):
+            fail(f"--{flag} has to be one of {', '.join(splits)}; there is no split '{asked or 'train'}'")
+        names += found[:1]
+    return {name: splits[name] for name in (names if args.eval_strategy != "no" else names[:1])}
 
 
 def hold_out(data: Data) -> list[Data]:
@@ -316,11 +312,8 @@ def hold_out(data: Data) -> list[Data]:
     rows = np.random.default_rng(0).permutation(n := len(data.lengths))
     size = min(max(64, n // 50), 512, n // 5)
     say(f"no test split: {size} of {n} rows are held out for evaluation; --eval_strategy no trains on all")
-    parts = [np.sort(rows[size:]), np.sort(rows[:size])][: 1 + (size > 0)]
-    return [
-        data._replace(raw=data.raw.select(p), tokens=data.tokens.select(p), lengths=data.lengths[p])
-        for p in parts
-    ]
+    parts = [np.sort(part) for part in (rows[size:], rows[:size]) if len(part)]
+    return [Data(data.raw.select(p), data.tokens.select(p), data.lengths[p], *data[3:]) for p in parts]
 
 
 def tokenize_split(raw, name: str, args: Arguments, tokenizer, columns: tuple, score_prompts: bool) -> Data:
@@ -336,24 +329,23 @@ def tokenize_split(raw, name: str, args: Arguments, tokenizer, columns: tuple, s
     # The default fingerprint of `map` does not see that the code of a function has changed.
     code = Path(__file__).read_text() if Path(__file__).is_file() else ""
     fingerprint = datasets.fingerprint.Hasher.hash([raw._fingerprint, code, [*options.values()]])
-    map_options = dict(
-        features=datasets.Features(features), remove_columns=raw.column_names, new_fingerprint=fingerprint
-    )
+    map_options = {"features": datasets.Features(features), "new_fingerprint": fingerprint}
     is_first = int(os.environ.get("LOCAL_RANK", 0)) == 0
     if not is_first:  # wait for the first process of this machine, then find its work in the cache
         dist.barrier()
     with one_line(f"the {name} split"):
-        tokens = raw.map(tokenize, fn_kwargs=options, num_proc=args.dataset_num_proc, **map_options)
+        map_options |= {"remove_columns": raw.column_names, "num_proc": args.dataset_num_proc}
+        tokens = raw.map(tokenize, fn_kwargs=options, **map_options)
     if is_first:
         dist.barrier()
-    problems, notes = tokens.data.column("problem"), pc.list_flatten(tokens.data.column("notes"))
-    dropped = Counter(problems.filter(pc.not_equal(problems, "")).to_pylist())
+    problems = tokens.data.column("problem")
+    kept, dropped = pc.equal(problems, ""), Counter(problems.filter(pc.not_equal(problems, "")).to_pylist())
+    notes = Counter(pc.list_flatten(tokens.data.column("notes").filter(kept)).to_pylist())
     if dropped[NO_PROMPT] > len(raw) / 2:
         fail(f"most rows of the {name} split have no prompt, and completions that share no beginning{found}")
-    for reason, n in [*dropped.items(), *Counter(notes.to_pylist()).items()]:
-        how = "dropped: " * (reason in dropped) + reason
-        say(f"{n} of {len(raw)} rows ({n / len(raw):.1%}) of the {name} split {how}")
-    kept = np.flatnonzero(pc.equal(problems, ""))
+    for text, n in [*((f"dropped: {reason}", n) for reason, n in dropped.items()), *notes.items()]:
+        say(f"{n} of {len(raw)} rows ({n / len(raw):.1%}) of the {name} split {text}")
+    kept = np.flatnonzero(kept)
     if not len(kept):
         reason = max(dropped, key=dropped.get, default="it is empty")
         fail(f"no rows of the {name} split are left: {reason}")

@@ -172,7 +172,7 @@ WRONG = [  # method, flags, what is said
     (
         "dpo",
         "{model} {dir}/one.jsonl --dataset_train_split validation",
-        "no split 'validation'; it has train",
+        "--dataset_train_split has to be one of train; there is no split 'validation'",
     ),
     ("dpo", "--max_length 3", "no rows of the train split are left: "),
     ("dpo", "{model} {dir}/images.jsonl", "a message has a part of type image, and only text is read"),

@@ -514,7 +514,7 @@ ERRORS = {  # a row or the content of a file, what the message has to say
     "no column": ({"question": "1", "chosen": "a"}, "question, chosen"),
     "no template": (CHAT, "chat template"),
     "no template for the prompts": (CHAT | {"chosen": "a", "rejected": "b"}, "chat template"),
-    "another split": (ONE, "'validation'; it has train"),
+    "another split": (ONE, "has to be one of train; there is no split 'validation'"),
     "no file": (None, "pairs.jsonl"),
     "no content": ("", "pairs.jsonl is empty"),
     "blank lines": ("\n\n", "pairs.jsonl: ."),
