@@ -68,7 +68,9 @@ def test_test_splits_are_found_under_their_usual_names(tmp_path, name, capsys):
     assert "6 rows in the train_prefs split" in said and f"2 rows in the {name} split" in said
     _, test = load(tmp_path / "saved", dataset_test_split="other")
     assert len(test.tokens) == 3
-    with pytest.raises(SystemExit, match="--dataset_test_split has to be one of train_prefs, .*; there is no split 'nothing'"):
+    with pytest.raises(
+        SystemExit, match="--dataset_test_split has to be one of train_prefs, .*; there is no split 'nothing'"
+    ):
         load(tmp_path / "saved", dataset_test_split="nothing")
 
 
