@@ -3,6 +3,7 @@
 import json
 import re
 import sys
+from pathlib import Path
 
 import datasets
 import numpy as np
@@ -13,7 +14,7 @@ from test_runs import SHORT, last_wins, run, stop, succeed
 
 import common
 import dpo
-from common import FILES, TEST_SPLITS, Arguments, tokenize
+from common import FILES, Arguments, tokenize
 
 ONE = pair("1", "one", "two")
 CHAT = pair(user("12"), answer("twelve"), answer("ten two"))
@@ -57,7 +58,7 @@ def test_held_out_rows_are_said_and_evaluated(tmp_path, capsys):
     assert load(path)[1] is None and len(load(path)[0].tokens) == 50  # with eval_strategy no
 
 
-@pytest.mark.parametrize("name", TEST_SPLITS)
+@pytest.mark.parametrize("name", "test validation valid dev eval test_prefs test_sft".split())
 def test_test_splits_are_found_under_their_usual_names(tmp_path, name, capsys):
     splits = {"train_prefs": numbered(6), name: numbered(2), "other": numbered(3)}
     data = datasets.DatasetDict({split: datasets.Dataset.from_list(rows) for split, rows in splits.items()})
@@ -245,16 +246,19 @@ def test_truncate_prompt_keeps_the_system_message_and_the_latest_turns():
 
 def test_what_is_cut_is_counted(tmp_path, capsys):
     rows = [pair("123", "abcdef", "abc"), pair("123", "a", "b"), pair("12345678", "a", "b")]
+    rows.append(
+        pair("123", "abcdefgh", "abcdefxy")
+    )  # identical once it is cut: dropped, and not counted twice
     load(write(tmp_path / "pairs.jsonl", rows), max_length=8)
     said = capsys.readouterr().out
-    assert "1 of 3 rows (33.3%) of the train split have a completion that is cut at max_length 8" in said
+    assert "1 of 4 rows (25.0%) of the train split have a completion that is cut at max_length 8" in said
     assert (
-        "1 of 3 rows (33.3%) of the train split dropped: the prompt leaves no room for a completion" in said
+        "1 of 4 rows (25.0%) of the train split dropped: the prompt leaves no room for a completion" in said
     )
     load(tmp_path / "pairs.jsonl", max_length=8, truncate_prompt=True)
     said = capsys.readouterr().out
     assert (
-        "dropped" not in said and "1 of 3 rows (33.3%) of the train split have a prompt that is cut" in said
+        "dropped: the prompt" not in said and "1 of 4 rows (25.0%) of the train split have a prompt" in said
     )
 
 
@@ -299,6 +303,8 @@ def test_runs_have_directories_of_their_own(monkeypatch):
     assert args.output_dir == "output/Qwen2-0.5B-orpo"
     args = parse(monkeypatch, "cpo", "--model_name_or_path output/toy-dpo/ --dataset_name d")
     assert args.output_dir == "output/toy-dpo-cpo"
+    args = parse(monkeypatch, "cpo", "--model_name_or_path . --dataset_name d")
+    assert args.output_dir == f"output/{Path.cwd().name}-cpo"
 
 
 def test_another_run_is_told_apart_by_three_differences_and_both_ways_out(tmp_path):
@@ -325,7 +331,7 @@ def test_without_file_locks_a_run_says_so_and_goes_on(tmp_path, monkeypatch, cap
 
 @pytest.mark.parametrize("script", ["dpo.py", "xpo.py"])
 def test_what_a_run_prints(tmp_path, script):
-    said = succeed(script, tmp_path / "out", *SHORT, "--logging_steps", "2", "--seed", "1000000")
+    said = succeed(script, tmp_path / "out", *SHORT, "--logging_steps", "2", "--learning_rate", "1e-2")
     lines = said.splitlines()
     assert max(map(len, lines)) <= 240 and said.count("log-probabilities: packed") == 1
     reports = [line for line in lines if re.match(r"step \d+/6 ", line)]
@@ -348,6 +354,9 @@ def test_what_a_run_prints(tmp_path, script):
     rows = [json.loads(line) for line in (tmp_path / "out" / "completions.jsonl").read_text().splitlines()]
     prompts = re.findall("^    prompt    (.*)$", said, re.MULTILINE)
     assert {*prompts} <= {repr(row["prompt"]) for row in rows} and len(prompts) >= 3 * 3
+    for name, step in (("before", 0), ("now", 6)):  # of the last evaluation
+        shown = re.findall(f"^    {name:<10}(.*)$", said.split("evaluation after 6 of 6")[1], re.MULTILINE)
+        assert {*shown} <= {repr(row["greedy"]) for row in rows if row["step"] == step}
     assert {row["row"] for row in rows} == {0, 125, 250, 375}  # spread over the 500 test rows
     if script == "xpo.py":
         winners = re.findall("^    winner    '(.*)'$", said, re.MULTILINE)
