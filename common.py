@@ -766,7 +766,7 @@ def gather_rows(columns: dict[str, list]) -> list[dict]:
 # -------------------------------------------------------------------------------------------------------- log
 # What a line of the console shows, and how it is named there; metrics.jsonl has all metrics of every step.
 REPORTED = {"loss": "loss", "rewards/margins": "margin", "rewards/accuracies": "accuracy"}
-REPORTED |= {"logps/chosen": "log π chosen", "logps/rejected": "rejected", "objective/win_rate": "wins"}
+REPORTED |= {"logps/chosen": "log π chosen", "logps/rejected": "rejected"}
 REPORTED |= {"learning_rate": "lr", "pairs_per_second": "pairs/s"}
 
 
