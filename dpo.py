@@ -12,8 +12,9 @@ What to expect: before the first step policy and reference agree, so all rewards
 held-out pairs to 0.58, the margin between the rewards to 0.23 and the accuracy to 0.99.
 
 Differs from the paper: AdamW with linear decay of the learning rate, instead of RMSprop without decay.
-Differs from the authors' code: sequences are packed instead of padded, which changes no result, and prompts
-are never cut. DPO's relatives, their losses and options, follow the training loop; a first reader skips them.
+Differs from the authors' code: sequences are packed instead of padded, which changes no result, and a row
+whose prompt is too long is dropped, unless --truncate_prompt cuts it. DPO's relatives, their losses and
+options, follow the training loop; a first reader skips them.
 
     python dpo.py                                     the built-in example, about a minute on a laptop
     torchrun --nproc_per_node 8 dpo.py --model_name_or_path Qwen/Qwen2-0.5B-Instruct \
