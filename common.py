@@ -363,6 +363,8 @@ def column_hint(columns: list[str], args: Arguments) -> str:
     path, likely = Path(args.dataset_name), [name for name in LIKELY_PROMPTS if name in columns]
     if "prompt" in columns or not likely:
         return ""
+    if FILES.get(path.suffix) == "csv":
+        return f"; if {likely[0]} is the prompt: change its name to prompt in the first line of {path}"
     reader = f"Dataset.from_{FILES[path.suffix]}" if path.suffix in FILES else "load_dataset"
     rename = f'rename_column("{likely[0]}", "prompt").to_json("renamed.jsonl")'
     return f'; if {likely[0]} is the prompt: datasets.{reader}("{path}").{rename}'

@@ -142,7 +142,7 @@ def test_pairs_without_a_prompt_are_dropped_and_a_file_of_them_is_refused(tmp_pa
         load(write(tmp_path / "many.jsonl", [odd, odd, shared | {"question": "q"}]))
 
 
-@pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet"])
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
 def test_the_line_that_renames_a_column_works(tmp_path, monkeypatch, kind):
     monkeypatch.chdir(tmp_path)
     rows = [{"instruction": "q", "chosen": "one", "rejected": "two"}] * 3
@@ -152,6 +152,18 @@ def test_the_line_that_renames_a_column_works(tmp_path, monkeypatch, kind):
         load(path)
     exec("import datasets; " + str(stopped.value).split("if instruction is the prompt: ")[1])
     assert load(tmp_path / "renamed.jsonl")[0].tokens["prompt"][0] == ids("q")
+
+
+@pytest.mark.parametrize("suffix, separator", [(".csv", ","), (".tsv", "\t")])
+def test_in_a_csv_file_the_first_line_names_the_columns(tmp_path, suffix, separator):
+    path = tmp_path / f"pairs{suffix}"
+    path.write_text(separator.join(["question", "chosen", "rejected"]) + "\n" + separator.join("1ab") + "\n")
+    with pytest.raises(
+        SystemExit, match="question is the prompt: change its name to prompt in the first line"
+    ):
+        load(path)
+    path.write_text(path.read_text().replace("question", "prompt"))
+    assert load(path)[0].tokens["prompt"][:] == [ids("1")]
 
 
 def test_texts_for_a_model_with_a_chat_template_are_pointed_out(tmp_path, capsys):
