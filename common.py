@@ -852,9 +852,8 @@ class Log:
                 hidden = {"step", "row", "greedy", "sampled"}
                 lines += ["", *(f"    {k:<10}{SHORT.repr(v)}" for k, v in shown.items() if k not in hidden)]
             say("\n".join(lines))
-            pause = (
-                time.perf_counter() - self.evaluation_start
-            )  # which the bar's clock and estimate leave out
+            # The bar's clock and its estimate leave evaluations out.
+            pause = time.perf_counter() - self.evaluation_start
             self.bar.start_t, self.bar.last_print_t = self.bar.start_t + pause, self.bar.last_print_t + pause
             self.bar.set_description("")
         self.time = time.perf_counter()
@@ -1068,9 +1067,7 @@ class Arguments:
     dataset_name: str | None = arg(None, "a Hub name, a directory, or a jsonl, json, csv, tsv, parquet file")
     dataset_config: str | None = arg(None, "configuration of the dataset on the Hub")
     dataset_train_split: str | None = arg(None, "split to train on [train, or train_prefs]")
-    dataset_test_split: str | None = arg(
-        None, "split to evaluate on [test, validation, ... or a held-out share]"
-    )
+    dataset_test_split: str | None = arg(None, "split to evaluate on [test, validation, ... or held out]")
     dataset_num_proc: int | None = arg(None, "processes that tokenize [1]")
     max_train_samples: int | None = arg(None, "use only so many rows of the training split [all]")
     max_length: int = arg(1024, "tokens of prompt and completion; a longer completion is cut at the end")
@@ -1151,9 +1148,8 @@ def help_text(kind: type[Arguments], toy: dict) -> str:
         shown = "" if "[" in text or value is None or value is False else f" [{value}]"
         lines.append(f"  --{f.name:<28} {text}{shown}")
     settings = ", ".join(f"{name} {value}" for name, value in toy.items() if "name" not in name)
-    return "\n".join(
-        [*lines, "", f"With neither model nor dataset, the built-in example runs: {settings}", ""]
-    )
+    lines += ["", f"With neither model nor dataset, the built-in example runs: {settings}", ""]
+    return "\n".join(lines)
 
 
 def parse(kind: type[Arguments], **toy) -> Arguments:
