@@ -230,7 +230,7 @@ def choose_forward_pass(model) -> None:
         model.forward_pass = "padded"
         model.set_attn_implementation(attention)
         name = type(model).__name__
-        say(f"warning: log-probabilities of {name} are computed padded: more time and memory ({reason})")
+        say(f"warning: {name} runs with padding, which takes more time and memory, because {reason}")
     elif model.training:  # said once: a reference is not trained
         say("log-probabilities: packed (checked against padded)")
 
@@ -239,7 +239,11 @@ def choose_forward_pass(model) -> None:
 FILES = {".json": "json", ".jsonl": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
 TRAIN_SPLITS = ["train", "train_prefs"]  # the first of these that a dataset has is used
 TEST_SPLITS = ["test", "validation", "valid", "dev", "eval", "test_prefs", "test_sft"]
+# What to do about a column that is there while one that is needed is missing.
+COLUMN_HINTS = {"label": "labels of single completions, as for KTO, are not supported"}
+COLUMN_HINTS |= {"conversations": "ShareGPT's from and value have to become role and content"}
 LIKELY_PROMPTS = ["question", "input", "instruction", "query"]
+COLUMN_HINTS |= {x: f"if {x} is the prompt, add --rename_columns {x}=prompt" for x in LIKELY_PROMPTS}
 NO_PROMPT = "there is no prompt"
 SHORT = reprlib.Repr()  # prints texts in quotes, and long ones without their middle
 SHORT.maxstring = 200
@@ -269,8 +273,8 @@ def load_data(args: Arguments, tokenizer, completions=("chosen", "rejected"), *,
     if unused := [name for name in data[0].raw.column_names if name not in used]:
         say(f"columns that are not used: {', '.join(unused)}")
     if tokenizer.chat_template and isinstance(split_prompt(data[0].raw[0])[0], str):
-        message = '[{"role": "user", "content": ...}]'
-        say(f"texts are used as they are; for the model's chat template, write messages: {message}")
+        message = '"prompt": [{"role": "user", "content": ...}]'
+        say(f"texts are joined as they are, without a space; the chat template is for messages: {message}")
     example = {name: tokenizer.decode(ids) for name, ids in data[0].tokens[0].items()}
     say("the first row: " + "  ".join(f"{name} {SHORT.repr(text)}" for name, text in example.items()))
     digest = hashlib.sha256(b"".join(split.lengths.tobytes() for split in data))
@@ -286,9 +290,10 @@ def read_splits(args: Arguments, columns: tuple) -> dict[str, datasets.Dataset]:
     path, kind = Path(args.dataset_name), FILES.get(Path(args.dataset_name).suffix)
     if path.is_file() and not (kind and path.stat().st_size):
         fail(f"{path} is empty" if kind else f"{path} is not a file of the kinds {', '.join(FILES)}")
+    new_names = dict(pair.split("=") for pair in args.rename_columns)
     options = {"data_files": glob.escape(str(path))} if kind else {"name": args.dataset_config}
     if kind == "csv":  # read these columns as texts: 007 and null stay as written
-        texts = dict.fromkeys((*columns, "chosen", "rejected", "answer"), str)
+        texts = dict.fromkeys((*columns, "chosen", "rejected", "answer", *new_names), str)
         options |= {"converters": texts, "keep_default_na": False}
         options["sep"] = "\t" if path.suffix == ".tsv" else ","
     with one_line(f"cannot load the dataset {path}"):
@@ -304,7 +309,9 @@ def read_splits(args: Arguments, columns: tuple) -> dict[str, datasets.Dataset]:
         if not found and (asked or flag == "dataset_train_split"):
             fail(f"--{flag} has to be one of {', '.join(splits)}; there is no split '{asked or 'train'}'")
         names += found[:1]
-    return {name: splits[name] for name in (names if args.eval_strategy != "no" else names[:1])}
+    names = names if args.eval_strategy != "no" else names[:1]
+    with one_line("--rename_columns"):
+        return {name: splits[name].rename_columns(new_names) for name in names}
 
 
 def hold_out(data: Data) -> list[Data]:
@@ -319,7 +326,9 @@ def hold_out(data: Data) -> list[Data]:
 def tokenize_split(raw, name: str, args: Arguments, tokenizer, columns: tuple, score_prompts: bool) -> Data:
     """Tokenize all rows of a split, drop those that cannot be used, and say how many and why."""
     prompt, *completions = columns
-    found = f"; found {', '.join(raw.column_names)}{column_hint(raw.column_names, args)}"
+    hints = [hint for column, hint in COLUMN_HINTS.items() if column in raw.column_names]
+    hint = [*hints, "--rename_columns OLD=NEW gives a column another name"][0]
+    found = f"; found {', '.join(raw.column_names)}; {hint}"
     if not {*completions} <= {*raw.column_names} or not {prompt, "chosen"} & {*raw.column_names}:
         fail(f"the {name} split needs columns {', '.join(columns)}{found}")
     options = dict(tokenizer=tokenizer, completions=completions, max_length=args.max_length)
@@ -339,13 +348,14 @@ def tokenize_split(raw, name: str, args: Arguments, tokenizer, columns: tuple, s
     if is_first:
         dist.barrier()
     problems = tokens.data.column("problem")
-    kept, dropped = pc.equal(problems, ""), Counter(problems.filter(pc.not_equal(problems, "")).to_pylist())
-    notes = Counter(pc.list_flatten(tokens.data.column("notes").filter(kept)).to_pylist())
+    usable = pc.equal(problems, "")
+    dropped = Counter(problems.filter(pc.invert(usable)).to_pylist())
+    notes = Counter(pc.list_flatten(tokens.data.column("notes").filter(usable)).to_pylist())
     if dropped[NO_PROMPT] > len(raw) / 2:
         fail(f"most rows of the {name} split have no prompt, and completions that share no beginning{found}")
     for text, n in [*((f"dropped: {reason}", n) for reason, n in dropped.items()), *notes.items()]:
         say(f"{n} of {len(raw)} rows ({n / len(raw):.1%}) of the {name} split {text}")
-    kept = np.flatnonzero(kept)
+    kept = np.flatnonzero(usable)
     if not len(kept):
         reason = max(dropped, key=dropped.get, default="it is empty")
         fail(f"no rows of the {name} split are left: {reason}")
@@ -354,20 +364,6 @@ def tokenize_split(raw, name: str, args: Arguments, tokenizer, columns: tuple, s
     say(f"{len(kept)} rows in the {name} split; tokens on average: {means}")
     tokens = tokens.select(kept).select_columns([*columns])
     return Data(raw.select(kept), tokens, np.stack(lengths, axis=1), score_prompts)
-
-
-def column_hint(columns: list[str], args: Arguments) -> str:
-    """What to do about columns that are not prompt, chosen and rejected, as the end of an error message."""
-    if "prompt" not in columns and "conversations" in columns or "label" in columns:
-        return "; neither KTO's labels nor ShareGPT's conversations, but pairs of texts or messages"
-    path, likely = Path(args.dataset_name), [name for name in LIKELY_PROMPTS if name in columns]
-    if "prompt" in columns or not likely:
-        return ""
-    if FILES.get(path.suffix) == "csv":
-        return f"; if {likely[0]} is the prompt: change its name to prompt in the first line of {path}"
-    reader = f"Dataset.from_{FILES[path.suffix]}" if path.suffix in FILES else "load_dataset"
-    rename = f'rename_column("{likely[0]}", "prompt").to_json("renamed.jsonl")'
-    return f'; if {likely[0]} is the prompt: datasets.{reader}("{path}").{rename}'
 
 
 def tokenize(row: dict, tokenizer, completions: list[str], max_length: int, room: int, truncate_prompt=False):
@@ -390,9 +386,9 @@ def tokenize(row: dict, tokenizer, completions: list[str], max_length: int, room
         if not prompt and (prompt == [] or not completions or row.get("prompt") is None):
             return result | {"problem": NO_PROMPT}
         tools = json.loads(row["tools"]) if isinstance(row.get("tools"), str) else row.get("tools")
-        template = {"tools": plain(tools)} | plain(row.get("chat_template_kwargs") or {})
+        template = {"tools": clean(tools)} | clean(row.get("chat_template_kwargs") or {})
 
-        def parts_of(prompt) -> list[list[int]]:  # token ids of prompt and completions
+        def encode_parts(prompt) -> list[list[int]]:  # token ids of prompt and completions
             prompt_ids = encode(tokenizer, prompt, **template)
             whole = [encode(tokenizer, prompt, y, **template) for y in answers]
             # A token may span prompt and completion, or depend on what follows: the prompt is what all share.
@@ -400,10 +396,11 @@ def tokenize(row: dict, tokenizer, completions: list[str], max_length: int, room
             result["notes"] = ["have a token of prompt and completion at once"] * (shared < len(prompt_ids))
             return [prompt_ids[:shared], *(ids[shared:] for ids in whole)]
 
-        parts = parts_of(prompt or "")
+        parts = encode_parts(prompt or "")
         if truncate_prompt and len(parts[0]) + room > max_length:
-            room_for_all = max(room, min(max_length // 2, max(map(len, parts[1:]), default=0)))
-            parts = latest_turns(prompt, parts, parts_of, max_length - room_for_all, tokenizer.bos_token_id)
+            room_for_completions = max(room, min(max_length // 2, max(map(len, parts[1:]), default=0)))
+            space = max_length - room_for_completions
+            parts = cut_prompt(prompt, parts, encode_parts, space, tokenizer.bos_token_id)
             result["notes"].append("have a prompt that is cut at its beginning")
     except Exception as error:  # also of a chat template
         return result | {"problem": f"it cannot be tokenized: {first_line(error)}"}
@@ -424,11 +421,12 @@ def tokenize(row: dict, tokenizer, completions: list[str], max_length: int, room
     if empty := [name for name in ids if not ids[name]]:
         return result | {"problem": f"{empty[0]} is empty"}
     if len(ids) == 2 and ids[completions[0]] == ids[completions[1]]:
-        return result | {"problem": "the completions are identical"}
+        within = "" if answers[0] == answers[1] else f" within max_length {max_length}"
+        return result | {"problem": f"the completions are identical{within}"}
     return result | ids | {"prompt": prompt_ids}
 
 
-def latest_turns(prompt, parts: list[list[int]], parts_of: Callable, space: int, bos: int | None) -> list:
+def cut_prompt(prompt, parts: list[list[int]], encode_parts: Callable, space: int, bos: int | None) -> list:
     """The parts with at most `space` tokens of the prompt: the end of a text, or system and latest turns."""
     if isinstance(prompt, str):
         start = parts[0][: parts[0][:1] == [bos]]
@@ -436,7 +434,7 @@ def latest_turns(prompt, parts: list[list[int]], parts_of: Callable, space: int,
     system = prompt[:1] if prompt[0]["role"] == "system" else []
     starts = [i for i, turn in enumerate(prompt) if turn["role"] == "user" and i > len(system)]
     while len(parts[0]) > space and starts:
-        parts = parts_of(system + prompt[starts.pop(0) :])
+        parts = encode_parts(system + prompt[starts.pop(0) :])
     return parts
 
 
@@ -444,7 +442,7 @@ def split_prompt(row: dict, completions: list[str] | None = None) -> list:
     """[prompt, *completions] of a row, all texts or all lists of messages; by default of the row's pair."""
     # Without a prompt, a pair's shared beginning, in whole words or messages, is its prompt.
     names = completions or [name for name in ("chosen", "rejected") if row.get(name)]
-    prompt, answers = plain(row.get("prompt")), [plain(row[name]) for name in names]
+    prompt, answers = clean(row.get("prompt")), [clean(row[name]) for name in names]
     if isinstance(prompt, list):
         answers = [[{"role": "assistant", "content": y}] if isinstance(y, str) else y for y in answers]
     if isinstance(prompt, str) and answers and isinstance(answers[0], list):
@@ -459,13 +457,13 @@ def split_prompt(row: dict, completions: list[str] | None = None) -> list:
     return ["".join(part) for part in parts] if is_text else parts
 
 
-def plain(value):
+def clean(value):
     """Messages or tools without the None that Arrow adds, and with content that is in parts as one text."""
     if isinstance(value, list):
-        return [plain(item) for item in value]
+        return [clean(item) for item in value]
     if not isinstance(value, dict):
         return value
-    value = {name: plain(item) for name, item in value.items() if item is not None}
+    value = {name: clean(item) for name, item in value.items() if item is not None}
     if isinstance(value.get("content"), list):
         if others := {part.get("type") for part in value["content"]} - {"text"}:
             raise ValueError(f"a message has a part of type {min(map(str, others))}, and only text is read")
@@ -832,7 +830,6 @@ class Log:
         return step % (self.args.eval_steps or self.steps) == 0 or step == self.steps
 
     def start_evaluation(self) -> None:
-        self.evaluation_start = time.perf_counter()
         self.bar.set_description("evaluation")
 
     def evaluation(self, step: int, metrics: dict[str, float], samples: list[dict]) -> None:
@@ -842,18 +839,20 @@ class Log:
             first = json.loads(Path(self.metrics.name).open().readline())  # the evaluation before training
             rows = map(json.loads, Path(self.completions.name).open())
             greedy = {row["row"]: row["greedy"] for row in rows if row["step"] == 0}
-            lines = [f"{f'evaluation after {step} of {self.steps} steps':<40}{'before':>12}{'now':>12}"]
+            sides = ["before", "now"] if step else ["before"]
+            lines = [f"evaluation after {step} of {self.steps} steps".ljust(40)]
+            lines[0] += "".join(f"{side:>12}" for side in sides)
             for name, value in metrics.items():
-                before = first[f"eval_{name}"]  # null in the file, if it was not finite
-                lines.append(f"    {name:<36}{math.nan if before is None else before:12.4g}{value:12.4g}")
-            for sample in samples[len(samples) // 6 :: max(1, len(samples) // 3)]:
-                before = greedy.get(sample["row"])
-                shown = {"prompt": sample["prompt"], "before": before, "now": sample["greedy"]} | sample
-                hidden = {"step", "row", "greedy", "sampled"}
-                lines += ["", *(f"    {k:<10}{SHORT.repr(v)}" for k, v in shown.items() if k not in hidden)]
+                values = [first.get(f"eval_{name}"), value][: len(sides)]
+                numbers = [math.nan if x is None else x for x in values]  # not finite, or not measured
+                lines.append(f"    {name:<36}" + "".join(f"{x:12.4g}" for x in numbers))
+            for sample in samples[len(samples) // 6 :: max(1, len(samples) // 3)][:3]:
+                texts = sample | {"before": greedy.get(sample["row"]), "now": sample["greedy"]}
+                hidden = {"step", "row", "prompt", "greedy", "sampled"}
+                names = ["prompt", *sides, *(name for name in sample if name not in hidden)]
+                lines += ["", *(f"    {name:<10}{SHORT.repr(texts[name])}" for name in names)]
             say("\n".join(lines))
-            # The bar's clock and its estimate leave evaluations out.
-            pause = time.perf_counter() - self.evaluation_start
+            pause = time.perf_counter() - self.time  # the bar's clock and estimate are of steps alone
             self.bar.start_t, self.bar.last_print_t = self.bar.start_t + pause, self.bar.last_print_t + pause
             self.bar.set_description("")
         self.time = time.perf_counter()
@@ -932,7 +931,7 @@ def check_output_dir(args: Arguments) -> None:
     may_change = MAY_CHANGE + ["data_digest"] * (args.data_digest is None)  # before the data are loaded
     differ = [name for name in new if name not in may_change and old.get(name) != new[name]]
     changes = ", ".join(f"{name} {old.get(name)} (now {new[name]})" for name in differ[:3])
-    changes += f" and {len(differ) - 3} more differences" * (len(differ) > 3)
+    changes += f" and {len(differ) - 3} more" * (len(differ) > 3)
     if changes := "one of another version of this program" if old.get("format") != 2 else changes:
         ways = "choose another --output_dir for this run, or replace that one with --overwrite_output_dir"
         fail(f"another run is in {args.output_dir}: {changes}; {ways}")
@@ -1051,10 +1050,10 @@ TOY = dict(model_name_or_path=TOY_MODEL, dataset_name=TOY_DATA, max_steps=100, m
 TOY |= dict(batch_size=32, per_device_train_batch_size=32, per_device_eval_batch_size=250, eval_prompts=500)
 
 
-def arg(default, help: str):
+def arg(default, help: str, **options):
     """A dataclass field with a help text; each object gets its own copy of a default list."""
     default = {"default_factory": default.copy} if isinstance(default, list) else {"default": default}
-    return field(**default, metadata={"help": help})
+    return field(**default, metadata={"help": help, **options})
 
 
 @dataclass
@@ -1069,12 +1068,14 @@ class Arguments:
     dataset_train_split: str | None = arg(None, "split to train on [train, or train_prefs]")
     dataset_test_split: str | None = arg(None, "split to evaluate on [test, validation, ... or held out]")
     dataset_num_proc: int | None = arg(None, "processes that tokenize [1]")
+    rename_columns: list[str] = arg([], "old=new names of columns, such as question=prompt")
     max_train_samples: int | None = arg(None, "use only so many rows of the training split [all]")
     max_length: int = arg(1024, "tokens of prompt and completion; a longer completion is cut at the end")
     truncate_prompt: bool = arg(False, "cut the beginning of long prompts; otherwise their rows are dropped")
     learning_rate: float = arg(1e-6, "peak learning rate of AdamW")
     lr_scheduler_type: Literal["linear", "cosine", "constant"] = arg("linear", "decay after the warm-up")
-    warmup_steps: float = arg(0.1, "steps of linear warm-up; below 1: a share of all steps")
+    # --warmup_ratio is TRL's older name.
+    warmup_steps: float = arg(0.1, "linear warm-up; below 1: a share", aliases=["--warmup_ratio"])
     num_train_epochs: float = arg(1.0, "passes over the training pairs")
     max_steps: int = arg(-1, "optimizer steps, if positive, instead of num_train_epochs")
     batch_size: int | None = arg(None, "pairs per optimizer step, over all processes [64]")
@@ -1089,6 +1090,7 @@ class Arguments:
     per_device_eval_batch_size: int = arg(8, "pairs per pass without training, prompts per generate()")
     gradient_checkpointing: bool = arg(False, "recompute activations in the backward pass, to save memory")
     dtype: Literal["float32", "bfloat16", "float64"] = arg("float32", "of the trained weights")
+    # Not `bool | None`, for which the parser would not take --bf16 without a value.
     bf16: bool = arg(None, "compute in bfloat16; weights keep their dtype [true on a GPU]")
     eval_strategy: Literal["steps", "no"] = arg("steps", "when to evaluate")
     eval_steps: int | None = arg(None, "steps between evaluations [only before and after training]")
@@ -1121,6 +1123,8 @@ class Arguments:
                 raise ValueError(f"{name} must be positive{' or 0' * (name in may_be_zero)}, not {value}")
         if self.batch_size % world:
             raise ValueError(f"batch_size {self.batch_size} is not a multiple of the {world} processes")
+        if odd := [pair for pair in self.rename_columns if pair.count("=") != 1]:
+            raise ValueError(f"rename_columns takes pairs such as question=prompt, not {odd[0]}")
         if self.report_to != "none" and importlib.util.find_spec(self.report_to) is None:
             raise ValueError(f"--report_to {self.report_to} needs a package: pip install {self.report_to}")
 
@@ -1156,18 +1160,17 @@ def parse(kind: type[Arguments], **toy) -> Arguments:
     """The command line's arguments. With neither model nor dataset given, TOY and `toy` are the defaults."""
     parser = transformers.HfArgumentParser(kind, allow_abbrev=False)
     parser.error, parser.format_help = fail, partial(help_text, kind, TOY | toy)
-    argv = [text.replace("--warmup_ratio", "--warmup_steps") for text in sys.argv[1:]]
-    given, unknown = parser.parse_known_args(argv)
+    given, unknown = parser.parse_known_args()
     if unknown:
         near = difflib.get_close_matches(unknown[0], [f"--{f.name}" for f in fields(kind)], 1)
-        near = MISTAKES.get(unknown[0]) or (f"did you mean {near[0]}?" if near else "--help lists all")
-        fail(f"unknown argument {unknown[0]}; {near}")
+        hint = f"did you mean {near[0]}?" if near else "--help lists all"
+        fail(f"unknown argument {unknown[0]}; {MISTAKES.get(unknown[0], hint)}")
     if bool(given.model_name_or_path) != bool(given.dataset_name):
         fail("--model_name_or_path and --dataset_name go together (with neither, the built-in example runs)")
     if not given.model_name_or_path:
         parser.set_defaults(**TOY | toy | ({"batch_size": None} if given.gradient_accumulation_steps else {}))
     try:
-        (args,) = parser.parse_args_into_dataclasses(argv)
+        (args,) = parser.parse_args_into_dataclasses()
     except ValueError as error:
         fail(str(error))
     name = Path(given.model_name_or_path or "toy").resolve().name

@@ -288,7 +288,7 @@ def evaluate(policy, reference, decide, tokenizer, test: Data, args: Arguments, 
     log.start_evaluation()
     metrics, completions = common.complete(policy, tokenizer, test, args, step)
     if not completions:  # there are fewer test prompts than processes, or eval_prompts is 0
-        return
+        return log.evaluation(step, metrics, completions)
     total = len(completions)
     rows = [completion["row"] for completion in completions][dist.get_rank() :: dist.get_world_size()]
     samples = sample(policy, reference, decide, tokenizer, test, rows, args)
@@ -298,9 +298,8 @@ def evaluate(policy, reference, decide, tokenizer, test: Data, args: Arguments, 
     distinct = [len({tuple(y) for y in four[i : i + 4]}) for i in range(0, len(four), 4)]
     log.add({"distinct_of_4": sum(distinct) / total})
     columns = dict(zip(("policy", "reference"), zip(*samples.texts, strict=True), strict=True))
-    columns["winner"] = [
-        {1: "policy", -1: "reference", 0: "neither"}[p] for p in samples.preferences.tolist()
-    ]
+    names = {1: "policy", -1: "reference", 0: "neither"}
+    columns["winner"] = [names[preference] for preference in samples.preferences.tolist()]
     columns |= {} if samples.scores is None else {"scores": samples.scores.tolist()}
     completions = [a | b for a, b in zip(completions, common.gather_rows(columns), strict=True)]
     log.evaluation(step, log.all_reduce()[0] | metrics, completions)
@@ -379,7 +378,7 @@ class Arguments(common.Arguments):
     beta: list[float] = arg([0.1], "strength of the tie to the reference: one value, or one per epoch")
     loss_type: str = arg("sigmoid", "sigmoid (DPO) or ipo")
     learning_rate: float = arg(5e-7, "peak learning rate of AdamW")
-    max_length: int = arg(1024, "tokens of prompt and max_new_tokens; rows with a longer prompt are dropped")
+    max_length: int = arg(1024, "tokens of prompt and completion: prompts have to leave max_new_tokens")
     missing_eos_penalty: float | None = arg(None, "subtracted from the score of a completion without EOS")
     temperature: float = arg(1.0, "of the samples; 1 is the models' own distribution, as in the paper")
     top_p: float = arg(1.0, "sample from the smallest set of tokens with this total probability")
@@ -394,9 +393,7 @@ class Arguments(common.Arguments):
         if not self.judge and self.model_name_or_path == TOY_MODEL:
             self.reward_model_path = self.reward_model_path or str(Path(TOY_MODEL).parent / "reward")
         if (self.reward_model_path is None) == (self.judge is None):
-            raise ValueError(
-                "give --reward_model_path or --judge, exactly one: it says which answer is better"
-            )
+            raise ValueError("give one of --reward_model_path and --judge, to say which answer is better")
         if self.judge and self.missing_eos_penalty is not None:
             raise ValueError("missing_eos_penalty changes scores, but a judge gives none")
         if not self.temperature > 0:

@@ -83,7 +83,7 @@ WRONG = [  # method, flags, what is said
     ("dpo", "--gradient_accumulation_steps 2 --batch_size 8", "give one of them"),
     ("cpo", "--simpo_gamma 1", "simpo_gamma is for simpo, alphapo only"),
     ("cpo", "--loss_type ipo --label_smoothing 0.1", "label_smoothing must be in [0, 0.5), and is for"),
-    ("xpo", "--model_name_or_path m --dataset_name d", "give --reward_model_path or --judge"),
+    ("xpo", "--model_name_or_path m --dataset_name d", "give one of --reward_model_path and --judge"),
     (
         "xpo",
         "--model_name_or_path m --dataset_name d --judge nowhere.py:judge",
@@ -91,7 +91,7 @@ WRONG = [  # method, flags, what is said
     ),
     ("xpo", "--judge nowhere.py:judge", "nowhere.py is no such file"),
     ("xpo", "--judge {dir}/judge.py:nobody", "there is no function nobody in"),
-    ("xpo", "--judge {dir}/judge.py:f --reward_model_path m", "give --reward_model_path or --judge"),
+    ("xpo", "--judge {dir}/judge.py:f --reward_model_path m", "give one of --reward_model_path and --judge"),
     ("xpo", "--max_new_tokens 2000", "must exceed max_new_tokens"),
     ("dpo", "--report_to trackio", "pip install trackio"),
     ("orpo", "--push_to_hub", "--push_to_hub: "),  # no network, or no token
@@ -148,10 +148,20 @@ WRONG = [  # method, flags, what is said
     (
         "orpo",
         "{model} {dir}/orca.jsonl",
-        'datasets.Dataset.from_json("{dir}/orca.jsonl").rename_column("question", "prompt").to_json(',
+        "if question is the prompt, add --rename_columns question=prompt",
     ),
-    ("cpo", "{model} {dir}/kto.jsonl", "found prompt, completion, label; neither KTO's labels nor"),
-    ("cpo", "{model} {dir}/sharegpt.jsonl", "found conversations, chosen, rejected; neither"),
+    ("cpo", "{model} {dir}/kto.jsonl", "found prompt, completion, label; labels of single"),
+    (
+        "cpo",
+        "{model} {dir}/kto.jsonl --rename_columns completion",
+        "pairs such as question=prompt, not completion",
+    ),
+    ("cpo", "{model} {dir}/kto.jsonl --rename_columns good=chosen", "--rename_columns: "),
+    (
+        "cpo",
+        "{model} {dir}/sharegpt.jsonl",
+        "found conversations, chosen, rejected; ShareGPT's from and value have to",
+    ),
     ("cpo", "{model} {dir}/from.jsonl", "chosen is {'from': 'gpt'"),
     ("dpo", "{model} {dir}/missing.csv", "no rows of the train split are left: rejected is empty"),
     ("dpo", "--loss_type simpo", "loss_type simpo is in cpo.py"),

@@ -434,7 +434,7 @@ def test_max_length_cuts_the_ends_of_completions(max_length):
     if max_length <= 5:
         assert f"no room for a completion in max_length {max_length}" in row["problem"]
     elif max_length <= 7:  # "a", "ab"
-        assert row["problem"] == "the completions are identical"
+        assert row["problem"] == f"the completions are identical within max_length {max_length}"
     else:
         assert not row["problem"] and row["prompt"] == ids("12345")
         assert row["prompt"] + row["chosen"] == ids("12345abc</s>")[:max_length]
@@ -499,7 +499,8 @@ def test_dropped_pairs_are_counted_and_the_others_keep_what_is_theirs(tmp_path, 
         ),
         ("1", "12.5", "chosen is empty"),
         ("2", "25.0", "rejected is empty"),
-        ("2", "25.0", "the completions are identical"),
+        ("1", "12.5", "the completions are identical"),
+        ("1", "12.5", "the completions are identical within max_length 8"),
     }
 
 
