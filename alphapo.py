@@ -137,20 +137,22 @@ def loss_and_metrics(policy, batch: Batch, args: Arguments) -> tuple[Tensor, dic
 def evaluate(policy, tokenizer, test: Data, args: Arguments, log, step: int) -> None:
     """Metrics of the test pairs, all of them as one global batch, and completions of test prompts."""
     log.start_evaluation()
+    policy.eval()  # without the dropout of LoRA
     rows = test.lengths.sum(1).argsort(kind="stable")  # micro-batches of similar length
     for batch in common.micro_batches(test, rows, args.per_device_eval_batch_size, policy.device):
         log.add(loss_and_metrics(policy, batch, args)[1])
+    policy.train()
     metrics, samples = common.complete(policy, tokenizer, test, args, step)
     log.evaluation(step, log.all_reduce()[0] | metrics, samples)
 
 
 def main(args: Arguments) -> None:
     rank, world, device = common.start(args)
-    tokenizer = common.load_tokenizer(args.model_name_or_path, args)
+    tokenizer = common.load_tokenizer(common.policy_path(args), args)
     train, test = common.load_data(args, tokenizer)
     # The row numbers of all batches, (steps, batch_size), are the same on all processes.
     batches = common.global_batches(train, args)
-    policy = common.load_model(args.model_name_or_path, args, device, trainable=True)
+    policy = common.load_model(common.policy_path(args), args, device, trainable=True)
     optimizer = common.adamw(policy, args)
     common.claim_output_dir(args)
     first_step = common.resume(args, policy, optimizer, {})

@@ -20,7 +20,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from datetime import timedelta
 from functools import partial
@@ -37,6 +37,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.distributed.checkpoint.state_dict as dsd
 import transformers
+from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.nn.utils.rnn import pad_sequence
@@ -111,24 +112,19 @@ def token_logps(model, batch: Batch, *, of: Callable[[Tensor, Tensor], Tensor] =
         hidden, head = outputs.logits[rows, columns], lambda logits: logits
         model.router_loss = outputs.get("aux_loss")
 
-    def values_of_chunk(hidden: Tensor, labels: Tensor) -> Tensor:
-        return of(head(hidden), labels)
-
     size = max(1, min(CHUNK_TOKENS, CHUNK_LOGITS // model.config.get_text_config().vocab_size))
     chunks = zip(hidden.split(size), batch.labels[rows, columns].split(size), strict=True)
     recompute = {"use_reentrant": False, "preserve_rng_state": False}  # the logits, in the backward pass
-    values = torch.cat([checkpoint(values_of_chunk, *chunk, **recompute) for chunk in chunks])
+    values = [checkpoint(lambda h, labels: of(head(h), labels), *chunk, **recompute) for chunk in chunks]
+    values = torch.cat(values)  # (N,) or (N, k)
     return values.new_zeros(*batch.labels.shape, *values.shape[1:]).index_put((rows, columns), values)
 
 
 def logits_of(model, hidden: Tensor) -> Tensor:
     """The model's logits (N, V) of its last hidden states (N, D)."""
-    logits, config = model.get_output_embeddings()(hidden), model.config.get_text_config()
-    if scale := getattr(config, "logit_scale", None):  # Cohere
-        logits = logits * scale
-    if divisor := getattr(config, "logits_scaling", None):  # Granite
-        logits = logits / divisor
-    return logits
+    config = model.config.get_text_config()
+    scale, divisor = (getattr(config, name, None) or 1.0 for name in ("logit_scale", "logits_scaling"))
+    return model.get_output_embeddings()(hidden * (scale / divisor))  # Cohere has a scale, Granite a divisor
 
 
 def collate(examples: list[tuple], device: torch.device, *, score_prompts: bool = False, **counts) -> Batch:
@@ -608,8 +604,10 @@ def from_pretrained(kind, path: str, args: Arguments, **options):
 
 def load_tokenizer(path: str, args: Arguments):
     """The tokenizer of a model, if these scripts can train or score with that model."""
-    tokenizer = from_pretrained(transformers.AutoTokenizer, path, args)
-    config = from_pretrained(AutoConfig, path, args)
+    base = adapter_base(path, args) or path
+    has_tokenizer = base == path or Path(path, "tokenizer_config.json").exists()
+    tokenizer = from_pretrained(transformers.AutoTokenizer, path if has_tokenizer else base, args)
+    config = from_pretrained(AutoConfig, base, args)
     known = type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING or args.trust_remote_code
     if config.is_encoder_decoder or not known or getattr(config, "vision_config", None):
         fail(f"{path} is of type {config.model_type}, not a language model with a decoder alone")
@@ -620,27 +618,129 @@ def load_tokenizer(path: str, args: Arguments):
     return tokenizer
 
 
-def load_model(path: str, args: Arguments, device: torch.device, *, trainable: bool, updated: bool = False):
-    """A causal language model, sharded over all processes, with the method `token_logps` of this file."""
+def load_model(
+    path: str, args: Arguments, device: torch.device, *, trainable: bool, updated=False, reference=None
+):
+    """A causal language model, sharded over all processes, with the method `token_logps` of this file.
+
+    `path` is a model or an adapter. `reference` is the adapter that a policy with an adapter is compared with.
+    """
     # Dropout is off, so that policy and reference agree exactly before the first step. Weights that are
     # neither trained nor `updated` in another way are kept in bfloat16 if args.bf16 says to compute in it.
-    config = from_pretrained(AutoConfig, path, args).to_dict()
-    dropout = {name: value for name, value in config.items() if "drop" in name and isinstance(value, float)}
-    options = {"dtype": getattr(torch, args.dtype)} | dict.fromkeys(dropout, 0.0)
-    model = from_pretrained(AutoModelForCausalLM, path, args, **options)
+    base = adapter_base(path, args)
+    if reference not in (None, path) and not base:
+        fail(f"--ref_adapter_name is for adapters, and {path} is none")
+    config = from_pretrained(AutoConfig, base or path, args)
+    if getattr(config, "quantization_config", None):
+        fail(
+            f"the weights of {base or path} are quantized; give those in full precision (see --load_in_4bit)"
+        )
+    dropout = {k: value for k, value in config.to_dict().items() if "drop" in k and isinstance(value, float)}
+    dtype, compute_dtype = (
+        getattr(torch, args.dtype),
+        torch.bfloat16 if args.bf16 else getattr(torch, args.dtype),
+    )
+    options = {"dtype": dtype} | dict.fromkeys(dropout, 0.0)
+    if args.load_in_4bit:
+        nf4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+        nf4 = transformers.BitsAndBytesConfig(**nf4, bnb_4bit_compute_dtype=compute_dtype)
+        options |= {"quantization_config": nf4, "device_map": {"": device}, "dtype": compute_dtype}
+    model = from_pretrained(AutoModelForCausalLM, base or path, args, **options)
     model.original_dropout = dropout  # save_model writes it into the configuration
-    model.train(trainable).requires_grad_(trainable)
+    model.adapted = bool(base) or (trainable and args.use_peft)
+    model.train(trainable).requires_grad_(trainable and not model.adapted)
     choose_forward_pass(model)
     if trainable and args.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    if args.bf16 and not trainable and not updated:
-        for parameter in model.parameters():
-            parameter.data = parameter.data.to(torch.bfloat16)
+    if model.adapted:
+        add_adapters(model, {"default": base and path, "reference": base and reference}, args, trainable)
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            kept = dtype if parameter.requires_grad or updated else compute_dtype
+            parameter.data = parameter.data.to(kept)
     # The policy's embedding and head stay gathered until its backward pass. A reference has no such pass.
     model = shard(model, args, device, reshard_after_forward=not trainable)
     model.token_logps = MethodType(token_logps, model)
     register_fsdp_forward_method(model, "token_logps")
     return model
+
+
+def policy_path(args, adapter_name: str | None = None) -> str:
+    """Where the policy is: a model, an adapter, or one of several adapters in a directory."""
+    return str(Path(args.model_name_or_path, adapter_name or args.model_adapter_name or ""))
+
+
+def adapter_base(path: str, args) -> str | None:
+    """The model that the adapter in `path` belongs to; None if there is no adapter."""
+    revision = args.model_revision if path == args.model_name_or_path else "main"
+    with one_line(f"cannot load {path}"):
+        file = transformers.utils.find_adapter_config_file(path, revision=revision)
+        return json.loads(Path(file).read_text())["base_model_name_or_path"] if file else None
+
+
+def add_adapters(model, paths: dict[str, str | None], args: Arguments, trainable: bool) -> None:
+    """Add LoRA adapters (2106.09685), of which "default" is used and perhaps trained. None: a fresh one.
+
+    A fresh adapter adds 0 until it is trained. Its initial values are a function of args.seed.
+    """
+    import peft
+
+    for name, path in paths.items():
+        if path:
+            with one_line(f"cannot load the adapter {path}"):
+                config = peft.PeftConfig.from_pretrained(path)
+                if config.peft_type != "LORA" or config.bias != "none" or config.modules_to_save:
+                    raise ValueError("only LoRA matrices are supported, without bias and modules_to_save")
+                if config.base_model_name_or_path != model.name_or_path:
+                    raise ValueError(
+                        f"it belongs to {config.base_model_name_or_path}, not {model.name_or_path}"
+                    )
+                config.lora_dropout *= trainable and name == "default"
+                loaded = model.load_adapter(path, name, peft_config=config)
+                if loaded.missing_keys or loaded.unexpected_keys:
+                    raise ValueError(f"its weights are not those of an adapter of {model.name_or_path}")
+        elif name == "default":
+            names = {
+                n.split(".")[-1] for n, m in model.named_modules() if getattr(m, "weight", None) is not None
+            }
+            targets = args.lora_target_modules
+            if odd := sorted({*targets} - names - {"all-linear"}):
+                fail(f"--lora_target_modules {odd[0]}: the model has {', '.join(sorted(names))}")
+            torch.manual_seed(args.seed)
+            options = {"r": args.lora_r, "lora_alpha": args.lora_alpha, "lora_dropout": args.lora_dropout}
+            targets = "all-linear" if targets == ["all-linear"] else targets
+            config = peft.LoraConfig(**options, target_modules=targets, task_type="CAUSAL_LM")
+            config.base_model_name_or_path = model.name_or_path
+            peft.inject_adapter_in_model(config, model, name)  # model.add_adapter wants the newest peft
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(trainable and "lora_" in name and ".default" in name)
+    model.train(trainable)
+    if trainable:
+        trained, total = model.num_parameters(only_trainable=True), model.num_parameters()
+        say(f"training {trained:,} of {total:,} parameters ({trained / total:.2%})")
+
+
+@contextmanager
+def adapter_switched(model, name: str | None) -> Iterator:
+    """Give the model another adapter in the block, or none."""
+    # peft's own methods also change requires_grad, which FSDP does not expect between two passes.
+    layers = [module for module in model.modules() if hasattr(module, "_disable_adapters")]
+    for layer in layers:
+        layer._active_adapter, layer._disable_adapters = [name or "default"], name is None
+    yield model
+    for layer in layers:
+        layer._active_adapter, layer._disable_adapters = ["default"], False
+
+
+def load_reference(path: str | None, policy, args: Arguments, device, *, updated: bool = False) -> Callable:
+    """The reference, to be used as `with reference() as model:`; by default the policy before training.
+
+    For a policy with an adapter, that is the same model without it, or with the adapter as it was.
+    """
+    if policy.adapted and not path:
+        return partial(adapter_switched, policy, "reference" if "reference" in policy.peft_config else None)
+    path = path or args.model_name_or_path
+    return partial(nullcontext, load_model(path, args, device, trainable=False, updated=updated))
 
 
 def shard(model, args: Arguments, device: torch.device, *, reshard_after_forward: bool):
@@ -649,16 +749,22 @@ def shard(model, args: Arguments, device: torch.device, *, reshard_after_forward
     options = {"param_dtype": torch.bfloat16, "reduce_dtype": torch.float32} if args.bf16 else {}
     # FSDP must not cast the inputs of layers: generate() runs without its hooks and would not cast either.
     precision = MixedPrecisionPolicy(**options, cast_forward_inputs=False)
+    is_4bit = getattr(
+        model, "is_loaded_in_4bit", False
+    )  # such weights cannot be sharded: all have them whole
+    options = {"mesh": mesh, "mp_policy": precision}
+    options["ignored_params"] = {p for p in model.parameters() if is_4bit and not p.requires_grad}
     for layer in [m for m in model.modules() if type(m).__name__ in (model._no_split_modules or ())]:
-        fully_shard(layer, mesh=mesh, mp_policy=precision)
-    return fully_shard(model, mesh=mesh, mp_policy=precision, reshard_after_forward=reshard_after_forward)
+        fully_shard(layer, **options)
+    return fully_shard(model, **options, reshard_after_forward=reshard_after_forward)
 
 
 def adamw(model, args: Arguments) -> torch.optim.AdamW:
     betas = (args.adam_beta1, args.adam_beta2)
     options = {"betas": betas, "eps": args.adam_epsilon, "weight_decay": args.weight_decay, "fused": True}
     with one_line("AdamW"):
-        return torch.optim.AdamW(model.parameters(), lr=args.learning_rate, **options)
+        parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        return torch.optim.AdamW(parameters, lr=args.learning_rate, **options)
 
 
 def set_learning_rate(optimizer, step: int, steps: int, args: Arguments) -> float:
@@ -904,8 +1010,8 @@ MAY_CHANGE = """output_dir overwrite_output_dir dataset_num_proc logging_steps r
     per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps gradient_checkpointing
     save_steps save_total_limit push_to_hub hub_model_id traceback""".split()
 # What overwrite_output_dir deletes; run.json last, because it tells that the rest belongs to a run.
-WRITTEN = """checkpoints metrics.jsonl completions.jsonl reference_logps_* events.out.* model*.safetensors
-    model.safetensors.index.json run.json""".split()
+WRITTEN = """checkpoints metrics.jsonl completions.jsonl reference_logps_* events.out.* *model*.safetensors
+    model.safetensors.index.json adapter_config.json run.json""".split()
 LAUNCH = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None  # the same after a restart by torchrun
 LOCKS: dict[Path, int] = {}  # kept open until the process ends; a notebook may start a run again
 
@@ -972,7 +1078,10 @@ def complete_checkpoints(args: Arguments) -> list[Path]:
 
 
 def training_state(policy, optimizer, step: int, method_state: dict) -> dict:
-    weights, moments = dsd.get_state_dict(policy, optimizer)
+    options = dsd.StateDictOptions(ignore_frozen_params=True)
+    weights, moments = dsd.get_state_dict(policy, optimizer, options=options)
+    if policy.adapted:  # otherwise a head that shares the frozen embedding's weights would be saved as well
+        weights = {name: w for name, w in weights.items() if "lora_" in name}
     own = {"model": weights, "optimizer": moments, "step": step, "world": dist.get_world_size()}
     return own | method_state
 
@@ -1008,7 +1117,7 @@ def resume(args: Arguments, policy, optimizer, method_state: dict) -> int:
             say(f"the checkpoint {folder} cannot be loaded ({first_line(error)}): the one before it is used")
             continue
         parts = {"model_state_dict": state["model"], "optim_state_dict": state["optimizer"]}
-        dsd.set_state_dict(policy, optimizer, **parts)
+        dsd.set_state_dict(policy, optimizer, **parts, options=dsd.StateDictOptions(strict=False))
         say(f"resuming after step {state['step']}, from {folder}")
         if state["world"] != (world := dist.get_world_size()):
             say(f"it was saved by {state['world']} processes, not {world}: rounding and samples will differ")
@@ -1025,13 +1134,19 @@ FINISHED = """finished: DIR has the model, metrics.jsonl, and samples in complet
 
 def save_model(args: Arguments, policy, tokenizer) -> None:
     """Save model and tokenizer for from_pretrained(output_dir), and upload them to the Hub if asked to."""
-    on_rank_0 = dsd.StateDictOptions(full_state_dict=True, cpu_offload=True)
+    on_rank_0 = dsd.StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
     weights = dsd.get_model_state_dict(policy, options=on_rank_0)
     if dist.get_rank() == 0:
         # Tied weights are saved under one name.
         weights = {name: w for name, w in weights.items() if name not in policy.all_tied_weights_keys}
-        policy.config.update(policy.original_dropout)
-        policy.save_pretrained(args.output_dir, state_dict=weights)
+        if policy.adapted:  # as peft writes an adapter; the model's own method wants the newest peft
+            weights = {n.replace(".default", ""): w for n, w in weights.items() if "lora_" in n}
+            weights = {f"base_model.model.{name}": w.contiguous() for name, w in weights.items()}
+            save_file(weights, Path(args.output_dir, "adapter_model.safetensors"), {"format": "pt"})
+            policy.peft_config["default"].save_pretrained(args.output_dir)
+        else:
+            policy.config.update(policy.original_dropout)
+            policy.save_pretrained(args.output_dir, state_dict=weights)
         tokenizer.save_pretrained(args.output_dir)
         if args.push_to_hub:
             hub, name = huggingface_hub.HfApi(), args.hub_model_id or Path(args.output_dir).name
@@ -1063,6 +1178,13 @@ class Arguments:
     model_name_or_path: str | None = arg(None, "the policy: a Hub name or a directory [the built-in example]")
     model_revision: str = arg("main", "branch, tag or commit of the model on the Hub")
     trust_remote_code: bool = arg(False, "run the model's code, and load weights not in safetensors")
+    use_peft: bool = arg(False, "train a LoRA adapter; a model that is an adapter is trained on in any case")
+    lora_r: int = arg(16, "rank of the adapter's matrices")
+    lora_alpha: int = arg(32, "the adapter's output is scaled by lora_alpha / lora_r")
+    lora_dropout: float = arg(0.0, "dropout of the adapter's inputs in training")
+    lora_target_modules: list[str] = arg(["all-linear"], "names of the modules that get an adapter")
+    model_adapter_name: str | None = arg(None, "train the adapter of this name in model_name_or_path")
+    load_in_4bit: bool = arg(False, "keep the frozen weights in 4 bits (NF4 with double quantization)")
     dataset_name: str | None = arg(None, "a Hub name, a directory, or a jsonl, json, csv, tsv, parquet file")
     dataset_config: str | None = arg(None, "configuration of the dataset on the Hub")
     dataset_train_split: str | None = arg(None, "split to train on [train, or train_prefs]")
@@ -1072,7 +1194,7 @@ class Arguments:
     max_train_samples: int | None = arg(None, "use only so many rows of the training split [all]")
     max_length: int = arg(1024, "tokens of prompt and completion; a longer completion is cut at the end")
     truncate_prompt: bool = arg(False, "cut the beginning of long prompts; otherwise their rows are dropped")
-    learning_rate: float = arg(1e-6, "peak learning rate of AdamW")
+    learning_rate: float = arg(1e-6, "peak learning rate of AdamW; LoRA's default is ten times as much")
     lr_scheduler_type: Literal["linear", "cosine", "constant"] = arg("linear", "decay after the warm-up")
     # --warmup_ratio is TRL's older name.
     warmup_steps: float = arg(0.1, "linear warm-up; below 1: a share", aliases=["--warmup_ratio"])
@@ -1115,7 +1237,8 @@ class Arguments:
         if self.gradient_accumulation_steps:
             self.batch_size = self.per_device_train_batch_size * self.gradient_accumulation_steps * world
         self.batch_size = 64 if self.batch_size is None else self.batch_size
-        may_be_zero = "warmup_steps weight_decay adam_beta1 adam_beta2 adam_epsilon eval_prompts seed".split()
+        may_be_zero = "warmup_steps weight_decay adam_beta1 adam_beta2 adam_epsilon eval_prompts seed"
+        may_be_zero = [*may_be_zero.split(), "lora_dropout"]
         for name in [f.name for f in fields(Arguments) if f.name != "max_steps"]:
             value = getattr(self, name)
             is_positive = 0 < value < math.inf if type(value) in (int, float) else True
@@ -1125,15 +1248,18 @@ class Arguments:
             raise ValueError(f"batch_size {self.batch_size} is not a multiple of the {world} processes")
         if odd := [pair for pair in self.rename_columns if pair.count("=") != 1]:
             raise ValueError(f"rename_columns takes pairs such as question=prompt, not {odd[0]}")
-        if self.report_to != "none" and importlib.util.find_spec(self.report_to) is None:
-            raise ValueError(f"--report_to {self.report_to} needs a package: pip install {self.report_to}")
+        if self.load_in_4bit and not self.use_peft:
+            raise ValueError("weights in 4 bits cannot be trained: --load_in_4bit needs --use_peft")
+        needed = {"peft": self.use_peft, "bitsandbytes": self.load_in_4bit}
+        for package in [name for name, is_needed in needed.items() if is_needed] + [self.report_to]:
+            if package != "none" and importlib.util.find_spec(package) is None:
+                raise ValueError(f"a package is missing: pip install {package}")
 
 
 # The first argument of each group in --help; a method's own arguments come before these groups.
 GROUPS = dict(model_name_or_path="model", dataset_name="data", learning_rate="optimization")
 GROUPS |= dict(per_device_train_batch_size="memory", eval_strategy="evaluation", output_dir="output")
 MISTAKES = {
-    "--use_peft": "LoRA is not there yet",
     "--fp16": "use --bf16: float16 would need its loss scaled",
     "--max_prompt_length": "--max_length is of prompt and completion; see also --truncate_prompt",
     "--per_device_batch_size": "did you mean --per_device_train_batch_size?",
@@ -1169,6 +1295,14 @@ def parse(kind: type[Arguments], **toy) -> Arguments:
         fail("--model_name_or_path and --dataset_name go together (with neither, the built-in example runs)")
     if not given.model_name_or_path:
         parser.set_defaults(**TOY | toy | ({"batch_size": None} if given.gradient_accumulation_steps else {}))
+        given = parser.parse_args()
+    path, lora_flags = policy_path(given), [flag for flag in sys.argv if flag.startswith("--lora_")]
+    is_adapter = adapter_base(path, given) is not None
+    if lora_flags and (is_adapter or not given.use_peft):
+        fail(f"{lora_flags[0]} {f'cannot change the adapter {path}' if is_adapter else 'needs --use_peft'}")
+    if is_adapter or given.use_peft:
+        learning_rate = parser.get_default("learning_rate")
+        parser.set_defaults(use_peft=True, learning_rate=learning_rate and 10 * learning_rate)
     try:
         (args,) = parser.parse_args_into_dataclasses()
     except ValueError as error:

@@ -126,7 +126,8 @@ def sum_over_tokens(token_logps: Tensor, batch: Batch, args: Arguments) -> Tenso
 @torch.no_grad()
 def frozen_logps(reference, args: Arguments, batch: Batch) -> Tensor:
     """log π_ref(y|x) of chosen and rejected answers, (B, 2)."""
-    return sum_over_tokens(reference.token_logps(batch), batch, args)
+    with reference() as model:
+        return sum_over_tokens(model.token_logps(batch), batch, args)
 
 
 @torch.no_grad()
@@ -134,25 +135,29 @@ def evaluate(policy, reference_logps, tokenizer, test: Data, args, log, step: in
     """Metrics of the test pairs, all of them as one global batch, and completions of test prompts."""
     # Here aot sorts what all processes hold at a time: its value depends on per_device_eval_batch_size.
     log.start_evaluation()
+    policy.eval()  # without the dropout of LoRA
     rows = test.lengths.sum(1).argsort(kind="stable")  # micro-batches of similar length
     for batch in common.micro_batches(test, rows, args.per_device_eval_batch_size, policy.device):
         log.add(loss_and_metrics(policy, reference_logps, batch, args, bco_rewards)[1])
+    policy.train()
     metrics, samples = common.complete(policy, tokenizer, test, args, step)
     log.evaluation(step, log.all_reduce()[0] | metrics, samples)
 
 
 def main(args: Arguments) -> None:
     rank, world, device = common.start(args)
-    tokenizer = common.load_tokenizer(args.model_name_or_path, args)
+    tokenizer = common.load_tokenizer(common.policy_path(args), args)
     train, test = common.load_data(args, tokenizer)
     # The row numbers of all batches, (steps, batch_size), are the same on all processes.
     batches = common.global_batches(train, args)
-    policy = common.load_model(args.model_name_or_path, args, device, trainable=True)
+    path, reference_adapter = common.policy_path(args), common.policy_path(args, args.ref_adapter_name)
+    policy = common.load_model(path, args, device, trainable=True, reference=reference_adapter)
     reference = load_reference(args, device, tokenizer, policy)
     optimizer = common.adamw(policy, args)
     bco_rewards = torch.zeros(2, dtype=torch.float64)  # BCO: sum of mean rewards, and of steps
     method_state = {"bco_rewards": bco_rewards}
-    method_state |= {"reference": reference.state_dict()} if args.sync_ref_model else {}
+    with reference() as model:
+        method_state |= {"reference": model.state_dict()} if args.sync_ref_model else {}
     common.claim_output_dir(args)
     first_step = common.resume(args, policy, optimizer, method_state)
 
@@ -183,8 +188,9 @@ def main(args: Arguments) -> None:
             reward = (metrics["rewards/chosen"] + metrics["rewards/rejected"]) / 2
             bco_rewards += torch.tensor([reward, 1.0], dtype=torch.float64)
         if args.sync_ref_model and (step + 1) % args.ref_model_sync_steps == 0:
-            for old, new in zip(reference.parameters(), policy.parameters(), strict=True):
-                old.data.lerp_(new.data, args.ref_model_mixup_alpha)
+            with reference() as model:
+                for old, new in zip(model.parameters(), policy.parameters(), strict=True):
+                    old.data.lerp_(new.data, args.ref_model_mixup_alpha)
         tokens = train.lengths[batches[step]].sum()
         log.step(step, metrics | {"grad_norm": grad_norm, "learning_rate": lr}, tokens)
 
@@ -425,11 +431,12 @@ def in_both_answers(batch: Batch) -> Tensor:
 
 def load_reference(args: Arguments, device: torch.device, tokenizer, policy):
     """The model that the policy is compared with; by default the policy as it is before training."""
-    path = args.ref_model_name_or_path or args.model_name_or_path
-    if common.load_tokenizer(path, args).get_vocab() != tokenizer.get_vocab():
+    path = args.ref_model_name_or_path
+    if path and common.load_tokenizer(path, args).get_vocab() != tokenizer.get_vocab():
         common.fail(f"the reference {path} has another vocabulary than {args.model_name_or_path}")
-    reference = common.load_model(path, args, device, trainable=False, updated=args.sync_ref_model)
-    shapes, policy_shapes = ([p.shape for p in model.parameters()] for model in (reference, policy))
+    reference = common.load_reference(path, policy, args, device, updated=args.sync_ref_model)
+    with reference() as model:
+        shapes, policy_shapes = ([p.shape for p in m.parameters()] for m in (model, policy))
     if args.sync_ref_model and shapes != policy_shapes:
         common.fail(f"--sync_ref_model averages weights, but those of {path} have other shapes")
     return reference
@@ -482,6 +489,7 @@ class Arguments(common.Arguments):
     use_weighting: bool = arg(False, "weight pairs by their probability under the policy (WPO, 2406.11827)")
     ld_alpha: float | None = arg(None, "weight of tokens past the shorter answer's end (LD-DPO, 2409.06411)")
     ref_model_name_or_path: str | None = arg(None, "the reference [the policy as it is before training]")
+    ref_adapter_name: str | None = arg(None, "the reference: the adapter of this name in model_name_or_path")
     precompute_ref_log_probs: bool = arg(False, "compute those of the reference first, then free it")
     sync_ref_model: bool = arg(False, "let the reference follow the policy (TR-DPO, 2404.09656)")
     ref_model_sync_steps: int = arg(512, "steps between updates of the reference")
@@ -507,6 +515,10 @@ class Arguments(common.Arguments):
             raise ValueError("use_weighting weights pairs, but aot compares quantiles of the batch")
         if self.ld_alpha is not None and types & {*AVERAGED}:
             raise ValueError(f"ld_alpha changes sums of log-probabilities, but {', '.join(AVERAGED)} average")
+        if self.ref_adapter_name and self.ref_model_name_or_path:
+            raise ValueError("ref_adapter_name and ref_model_name_or_path both name the reference: give one")
+        if self.sync_ref_model and self.use_peft:
+            raise ValueError("sync_ref_model averages weights, and a reference of LoRA has none of its own")
         if self.sync_ref_model and self.precompute_ref_log_probs:
             raise ValueError("with sync_ref_model the reference changes: it cannot be precomputed")
         for name in ("ld_alpha", "ref_model_mixup_alpha"):

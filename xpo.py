@@ -91,8 +91,8 @@ def loss_and_metrics(
     batch. So neither loss nor gradient depends on how a batch is split over processes and micro-batches.
     """
     alpha, beta = value_in(args.alpha, epoch), value_in(args.beta, epoch)
-    with torch.no_grad():  # first, before the policy's activations take up memory
-        ref_logps = reference.token_logps(batch).sum(1).view(-1, 2)  # (B, 2): of y and ỹ
+    with torch.no_grad(), reference() as model:  # first, before the policy's activations take up memory
+        ref_logps = model.token_logps(batch).sum(1).view(-1, 2)  # (B, 2): of y and ỹ
     token_logps = policy.token_logps(batch)  # (2B, L): log π of each token of an answer
     logps = token_logps.sum(1).view(-1, 2)  # (B, 2): of y and ỹ; DPO sums over tokens
     # IPO takes means over tokens; the bonus stays a sum.
@@ -163,7 +163,9 @@ def sample(policy, reference, decide: Callable, tokenizer, data: Data, rows, arg
     start = time.perf_counter()
     prompts, eos = data.tokens[rows]["prompt"], common.eos_ids(policy, tokenizer)
     options = sampling(args)
-    answers = [common.generate(model, tokenizer, prompts, args, **options) for model in (policy, reference)]
+    answers = [common.generate(policy, tokenizer, prompts, args, **options)]
+    with reference() as model:
+        answers.append(common.generate(model, tokenizer, prompts, args, **options))
     generated = time.perf_counter()
     ended = torch.tensor([[y[-1] in eos for y in pair] for pair in zip(*answers, strict=True)])
     # The judge or reward model sees every generated token, including special tokens, except a final EOS.
@@ -307,17 +309,18 @@ def evaluate(policy, reference, decide, tokenizer, test: Data, args: Arguments, 
 
 def main(args: Arguments) -> None:
     rank, world, device = common.start(args)
-    tokenizer = common.load_tokenizer(args.model_name_or_path, args)
+    tokenizer = common.load_tokenizer(common.policy_path(args), args)
     train, test = common.load_data(args, tokenizer, completions=())
     # The row numbers of all batches, (steps, batch_size), are the same on all processes.
     batches = common.global_batches(train, args)
-    policy = common.load_model(args.model_name_or_path, args, device, trainable=True)
-    options = {"trainable": False, "updated": args.sync_ref_model}
-    reference = common.load_model(args.model_name_or_path, args, device, **options)
+    path, reference_adapter = common.policy_path(args), common.policy_path(args, args.ref_adapter_name)
+    policy = common.load_model(path, args, device, trainable=True, reference=reference_adapter)
+    reference = common.load_reference(None, policy, args, device, updated=args.sync_ref_model)
     prompt = common.split_prompt(train.raw[0])[0]
     decide = load_judge(args.judge) if args.judge else load_scorer(args, device, prompt)
     optimizer = common.adamw(policy, args)
-    method_state = {"reference": reference.state_dict()} if args.sync_ref_model else {}
+    with reference() as model:
+        method_state = {"reference": model.state_dict()} if args.sync_ref_model else {}
     common.claim_output_dir(args)
     first_step = common.resume(args, policy, optimizer, method_state)
 
@@ -350,8 +353,9 @@ def main(args: Arguments) -> None:
         metrics, interrupted = log.all_reduce()
         metrics |= {"alpha": value_in(args.alpha, epoch), "beta": value_in(args.beta, epoch)}
         if args.sync_ref_model and (step + 1) % args.ref_model_sync_steps == 0:
-            for old, new in zip(reference.parameters(), policy.parameters(), strict=True):
-                old.data.lerp_(new.data, args.ref_model_mixup_alpha)
+            with reference() as model:
+                for old, new in zip(model.parameters(), policy.parameters(), strict=True):
+                    old.data.lerp_(new.data, args.ref_model_mixup_alpha)
         tokens = metrics.pop("tokens")
         log.step(step, metrics | {"grad_norm": grad_norm, "learning_rate": lr}, tokens)
 
@@ -384,6 +388,7 @@ class Arguments(common.Arguments):
     top_p: float = arg(1.0, "sample from the smallest set of tokens with this total probability")
     top_k: int = arg(0, "sample from the k likeliest tokens; 0: from all")
     min_p: float | None = arg(None, "sample from tokens at least this fraction as likely as the likeliest")
+    ref_adapter_name: str | None = arg(None, "the reference: the adapter of this name in model_name_or_path")
     sync_ref_model: bool = arg(False, "let the reference follow the policy (TR-DPO, 2404.09656)")
     ref_model_sync_steps: int = arg(512, "steps between updates of the reference")
     ref_model_mixup_alpha: float = arg(0.6, "share of the policy in the updated reference")
@@ -406,6 +411,8 @@ class Arguments(common.Arguments):
             raise ValueError(f"max_length {self.max_length} must exceed max_new_tokens {self.max_new_tokens}")
         if not 0 <= self.ref_model_mixup_alpha <= 1:
             raise ValueError(f"ref_model_mixup_alpha must be in [0, 1], not {self.ref_model_mixup_alpha}")
+        if self.sync_ref_model and self.use_peft:
+            raise ValueError("sync_ref_model averages weights, and a reference of LoRA has none of its own")
         if self.ref_model_sync_steps < 1:
             raise ValueError(f"ref_model_sync_steps must be at least 1, not {self.ref_model_sync_steps}")
         if self.judge:
