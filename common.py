@@ -595,11 +595,15 @@ def start(args: Arguments) -> tuple[int, int, torch.device]:
 
 def from_pretrained(kind, path: str, args: Arguments, **options):
     """kind.from_pretrained, with an error of one line."""
-    options["revision"] = args.model_revision if path == args.model_name_or_path else "main"
+    options["revision"] = revision_of(path, args)
     if "dtype" in options and not args.trust_remote_code:  # of weights: refuse pickles
         options["use_safetensors"] = True
     with one_line(f"cannot load {path}"):
         return kind.from_pretrained(path, trust_remote_code=args.trust_remote_code, **options)
+
+
+def revision_of(path: str, args) -> str:
+    return args.model_revision if path == args.model_name_or_path else "main"
 
 
 def load_tokenizer(path: str, args: Arguments):
@@ -611,6 +615,8 @@ def load_tokenizer(path: str, args: Arguments):
     known = type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING or args.trust_remote_code
     if config.is_encoder_decoder or not known or getattr(config, "vision_config", None):
         fail(f"{path} is of type {config.model_type}, not a language model with a decoder alone")
+    if getattr(config, "quantization_config", None):
+        fail(f"the weights of {base} are quantized already; --load_in_4bit takes a model that is not")
     if tokenizer.eos_token_id is None:
         fail(f"the tokenizer of {path} has no EOS token to end completions with: set its eos_token")
     if len(tokenizer) > (size := config.get_text_config().vocab_size):
@@ -623,7 +629,8 @@ def load_model(
 ):
     """A causal language model, sharded over all processes, with the method `token_logps` of this file.
 
-    `path` is a model or an adapter. `reference` is the adapter that a policy with an adapter is compared with.
+    `path` is a model or a LoRA adapter. `reference` is the adapter that a policy with an adapter starts from,
+    or another one to compare it with.
     """
     # Dropout is off, so that policy and reference agree exactly before the first step. Weights that are
     # neither trained nor `updated` in another way are kept in bfloat16 if args.bf16 says to compute in it.
@@ -631,15 +638,10 @@ def load_model(
     if reference not in (None, path) and not base:
         fail(f"--ref_adapter_name is for adapters, and {path} is none")
     config = from_pretrained(AutoConfig, base or path, args)
-    if getattr(config, "quantization_config", None):
-        fail(
-            f"the weights of {base or path} are quantized; give those in full precision (see --load_in_4bit)"
-        )
     dropout = {k: value for k, value in config.to_dict().items() if "drop" in k and isinstance(value, float)}
-    dtype, compute_dtype = (
-        getattr(torch, args.dtype),
-        torch.bfloat16 if args.bf16 else getattr(torch, args.dtype),
-    )
+    dtype = compute_dtype = getattr(torch, args.dtype)
+    if args.bf16:
+        compute_dtype = torch.bfloat16
     options = {"dtype": dtype} | dict.fromkeys(dropout, 0.0)
     if args.load_in_4bit:
         nf4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
@@ -653,9 +655,18 @@ def load_model(
     if trainable and args.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     if model.adapted:
-        add_adapters(model, {"default": base and path, "reference": base and reference}, args, trainable)
+        add_adapter(model, "default", base and path, args)
+        if base and reference:
+            add_adapter(model, "reference", reference, args)
+        switch_adapter(model, "default")
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(trainable and "lora_" in name and ".default" in name)
+        model.train(trainable)
+    if trainable and model.adapted:
+        trained, total = model.num_parameters(only_trainable=True), model.num_parameters()
+        say(f"training {trained:,} of {total:,} parameters ({trained / total:.2%})")
     for parameter in model.parameters():
-        if parameter.is_floating_point():
+        if parameter.is_floating_point():  # weights of 4 bits are not
             kept = dtype if parameter.requires_grad or updated else compute_dtype
             parameter.data = parameter.data.to(kept)
     # The policy's embedding and head stay gathered until its backward pass. A reference has no such pass.
@@ -672,73 +683,62 @@ def policy_path(args, adapter_name: str | None = None) -> str:
 
 def adapter_base(path: str, args) -> str | None:
     """The model that the adapter in `path` belongs to; None if there is no adapter."""
-    revision = args.model_revision if path == args.model_name_or_path else "main"
     with one_line(f"cannot load {path}"):
-        file = transformers.utils.find_adapter_config_file(path, revision=revision)
+        file = transformers.utils.find_adapter_config_file(path, revision=revision_of(path, args))
         return json.loads(Path(file).read_text())["base_model_name_or_path"] if file else None
 
 
-def add_adapters(model, paths: dict[str, str | None], args: Arguments, trainable: bool) -> None:
-    """Add LoRA adapters (2106.09685), of which "default" is used and perhaps trained. None: a fresh one.
-
-    A fresh adapter adds 0 until it is trained. Its initial values are a function of args.seed.
-    """
+def add_adapter(model, name: str, path: str | None, args: Arguments) -> None:
+    """Add to a model the LoRA adapter (2106.09685) in `path`, or a fresh one, which at first adds only 0."""
     import peft
 
-    for name, path in paths.items():
-        if path:
-            with one_line(f"cannot load the adapter {path}"):
-                config = peft.PeftConfig.from_pretrained(path)
-                if config.peft_type != "LORA" or config.bias != "none" or config.modules_to_save:
-                    raise ValueError("only LoRA matrices are supported, without bias and modules_to_save")
-                if config.base_model_name_or_path != model.name_or_path:
-                    raise ValueError(
-                        f"it belongs to {config.base_model_name_or_path}, not {model.name_or_path}"
-                    )
-                config.lora_dropout *= trainable and name == "default"
-                loaded = model.load_adapter(path, name, peft_config=config)
-                if loaded.missing_keys or loaded.unexpected_keys:
-                    raise ValueError(f"its weights are not those of an adapter of {model.name_or_path}")
-        elif name == "default":
-            names = {
-                n.split(".")[-1] for n, m in model.named_modules() if getattr(m, "weight", None) is not None
-            }
-            targets = args.lora_target_modules
-            if odd := sorted({*targets} - names - {"all-linear"}):
-                fail(f"--lora_target_modules {odd[0]}: the model has {', '.join(sorted(names))}")
-            torch.manual_seed(args.seed)
-            options = {"r": args.lora_r, "lora_alpha": args.lora_alpha, "lora_dropout": args.lora_dropout}
-            targets = "all-linear" if targets == ["all-linear"] else targets
-            config = peft.LoraConfig(**options, target_modules=targets, task_type="CAUSAL_LM")
-            config.base_model_name_or_path = model.name_or_path
-            peft.inject_adapter_in_model(config, model, name)  # model.add_adapter wants the newest peft
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(trainable and "lora_" in name and ".default" in name)
-    model.train(trainable)
-    if trainable:
-        trained, total = model.num_parameters(only_trainable=True), model.num_parameters()
-        say(f"training {trained:,} of {total:,} parameters ({trained / total:.2%})")
+    if path is None:
+        targets = args.lora_target_modules
+        known = {name.split(".")[-2] for name, parameter in model.named_parameters() if parameter.ndim == 2}
+        if unknown := sorted({*targets} - known - {"all-linear"}):
+            fail(f"--lora_target_modules {unknown[0]}: this model has {', '.join(sorted(known))}")
+        targets = "all-linear" if targets == ["all-linear"] else targets
+        options = {"r": args.lora_r, "lora_alpha": args.lora_alpha, "lora_dropout": args.lora_dropout}
+        config = peft.LoraConfig(**options, target_modules=targets, task_type="CAUSAL_LM")
+        config.base_model_name_or_path = model.name_or_path
+        torch.manual_seed(args.seed)  # all processes draw the same initial values
+        peft.inject_adapter_in_model(config, model, name)  # model.add_adapter would ask for the newest peft
+        return
+    with one_line(f"cannot load the adapter {path}"):
+        if not Path(path).is_dir():
+            options = {"revision": revision_of(path, args), "allow_patterns": "adapter_*"}
+            path = huggingface_hub.snapshot_download(path, **options)
+        config = peft.PeftConfig.from_pretrained(path)
+        if config.peft_type != "LORA" or config.bias != "none" or config.modules_to_save:
+            raise ValueError("it has other weights than LoRA's matrices")
+        if config.base_model_name_or_path != model.name_or_path:
+            raise ValueError(f"it belongs to {config.base_model_name_or_path}, not to {model.name_or_path}")
+        if name == "reference":
+            config.lora_dropout = 0.0
+        loaded = model.load_adapter(path, name, peft_config=config)
+        if loaded.unexpected_keys or any(f".{name}." in key for key in loaded.missing_keys):
+            raise ValueError(f"its weights do not fit {model.name_or_path}")
+
+
+def switch_adapter(model, name: str | None) -> None:
+    """Let the model run with the adapter of this name, or with none."""
+    # peft's own methods would also change which parameters have a gradient, in the middle of a step.
+    for layer in [module for module in model.modules() if hasattr(module, "_disable_adapters")]:
+        layer._active_adapter, layer._disable_adapters = [name or "default"], name is None
 
 
 @contextmanager
-def adapter_switched(model, name: str | None) -> Iterator:
-    """Give the model another adapter in the block, or none."""
-    # peft's own methods also change requires_grad, which FSDP does not expect between two passes.
-    layers = [module for module in model.modules() if hasattr(module, "_disable_adapters")]
-    for layer in layers:
-        layer._active_adapter, layer._disable_adapters = [name or "default"], name is None
-    yield model
-    for layer in layers:
-        layer._active_adapter, layer._disable_adapters = ["default"], False
+def without_adapter(policy) -> Iterator:
+    """Let the policy run as it was before training: without its adapter, or with the one it started from."""
+    switch_adapter(policy, "reference" if "reference" in policy.peft_config else None)
+    yield policy
+    switch_adapter(policy, "default")
 
 
 def load_reference(path: str | None, policy, args: Arguments, device, *, updated: bool = False) -> Callable:
-    """The reference, to be used as `with reference() as model:`; by default the policy before training.
-
-    For a policy with an adapter, that is the same model without it, or with the adapter as it was.
-    """
+    """The model in `path`, or by default the policy before training: `with reference() as model:`."""
     if policy.adapted and not path:
-        return partial(adapter_switched, policy, "reference" if "reference" in policy.peft_config else None)
+        return partial(without_adapter, policy)  # the same model: there is no second copy in memory
     path = path or args.model_name_or_path
     return partial(nullcontext, load_model(path, args, device, trainable=False, updated=updated))
 
@@ -749,10 +749,8 @@ def shard(model, args: Arguments, device: torch.device, *, reshard_after_forward
     options = {"param_dtype": torch.bfloat16, "reduce_dtype": torch.float32} if args.bf16 else {}
     # FSDP must not cast the inputs of layers: generate() runs without its hooks and would not cast either.
     precision = MixedPrecisionPolicy(**options, cast_forward_inputs=False)
-    is_4bit = getattr(
-        model, "is_loaded_in_4bit", False
-    )  # such weights cannot be sharded: all have them whole
-    options = {"mesh": mesh, "mp_policy": precision}
+    # Weights of 4 bits cannot be sharded: every process has all of them, and of the others that are frozen.
+    is_4bit, options = getattr(model, "is_loaded_in_4bit", False), {"mesh": mesh, "mp_policy": precision}
     options["ignored_params"] = {p for p in model.parameters() if is_4bit and not p.requires_grad}
     for layer in [m for m in model.modules() if type(m).__name__ in (model._no_split_modules or ())]:
         fully_shard(layer, **options)
@@ -1248,6 +1246,8 @@ class Arguments:
             raise ValueError(f"batch_size {self.batch_size} is not a multiple of the {world} processes")
         if odd := [pair for pair in self.rename_columns if pair.count("=") != 1]:
             raise ValueError(f"rename_columns takes pairs such as question=prompt, not {odd[0]}")
+        if self.lora_dropout >= 1:
+            raise ValueError(f"lora_dropout must be below 1, not {self.lora_dropout}")
         if self.load_in_4bit and not self.use_peft:
             raise ValueError("weights in 4 bits cannot be trained: --load_in_4bit needs --use_peft")
         needed = {"peft": self.use_peft, "bitsandbytes": self.load_in_4bit}

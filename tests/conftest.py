@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import peft
 import pytest
 import torch
 import torch.distributed as dist
@@ -97,6 +98,14 @@ def tiny(kind: str, seed: int = 0, **changes) -> torch.nn.Module:
     return AutoModelForCausalLM.from_config(
         config, dtype=torch.float64, experts_implementation="eager"
     ).train()
+
+
+def save_adapter(base: Path, path: Path, seed: int = 0, **options) -> None:
+    """A LoRA adapter as peft saves it, with random weights that change the model."""
+    model = AutoModelForCausalLM.from_pretrained(base, dtype="auto")
+    options = {"r": 4, "target_modules": "all-linear", "init_lora_weights": False} | options
+    torch.manual_seed(seed)
+    peft.get_peft_model(model, peft.LoraConfig(**options, task_type="CAUSAL_LM")).save_pretrained(path)
 
 
 def random_pairs(

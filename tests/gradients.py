@@ -46,6 +46,8 @@ CASES = {
     },
     "orpo": {"orpo": {}, "no_prompt_loss": {"no_prompt_loss": True}},
 }
+for method in CASES:
+    CASES[method]["lora"] = {"use_peft": True}
 for method in METHODS:  # one that is not in the table has one case, if its step takes what cpo.py's takes
     takes = [*inspect.signature(importlib.import_module(method).loss_and_metrics).parameters]
     if takes == ["policy", "batch", "args"]:
@@ -68,7 +70,8 @@ def step(script, args, policy, reference, pairs, micro_batch: int) -> tuple[dict
         (loss * torch.distributed.get_world_size()).backward()
         common.Log.add(log, metrics)
     metrics, _ = common.Log.all_reduce(log)
-    gradient = torch.cat([p.grad.full_tensor().flatten() for p in policy.parameters()])
+    trained = [p for p in policy.parameters() if p.requires_grad]
+    gradient = torch.cat([p.grad.full_tensor().flatten() for p in trained])
     policy.zero_grad()
     return metrics, gradient
 
@@ -89,7 +92,10 @@ def main(model: str, out: str, *methods: str) -> None:
     args = common.Arguments(**arguments)
     rank, world, device = common.start(args)
     policy = common.load_model(model, args, device, trainable=True)
-    reference = common.load_model(model + "-reference", args, device, trainable=False)
+    reference = common.load_reference(model + "-reference", policy, args, device)
+    adapters = [f"{model}-adapter", f"{model}-reference-adapter"]
+    lora = common.load_model(adapters[0], args, device, trainable=True, reference=adapters[1])
+    models = {False: (policy, reference), True: (lora, common.load_reference(None, lora, args, device))}
     results = {}
     for method in methods:
         script = importlib.import_module(method)
@@ -97,10 +103,11 @@ def main(model: str, out: str, *methods: str) -> None:
             more = {"judge": f"{__file__}:main"} if method == "xpo" else {}
             args = script.Arguments(**arguments, **options, **more)
             args.method = method
+            policy, reference = models[args.use_peft]
             given = partial(dpo.frozen_logps, reference, args) if method == "dpo" else reference
             for size in (8 // world,) if "aot" in str(options) else (8 // world, 3, 1):
                 results[method, case, size] = step(script, args, policy, given, pairs, size)
-    args = dpo.Arguments(**arguments)
+    args, policy = dpo.Arguments(**arguments), models[False][0]
     args.method = "dpo"
 
     def uniform(batch: common.Batch) -> torch.Tensor:

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import datasets
 import pytest
-from conftest import ARCHITECTURES, METHODS, ROOT, run_script, tiny
+from conftest import ARCHITECTURES, METHODS, ROOT, run_script, save_adapter, tiny
+from safetensors.torch import load_file, save_file
 from test_runs import environment
 from transformers import (
     AutoTokenizer,
@@ -166,7 +167,37 @@ WRONG = [  # method, flags, what is said
     ("dpo", "{model} {dir}/missing.csv", "no rows of the train split are left: rejected is empty"),
     ("dpo", "--loss_type simpo", "loss_type simpo is in cpo.py"),
     ("dpo", "--loss_type sigmoid orpo", "loss_type orpo is in orpo.py"),
-    ("dpo", "--use_peft", "unknown argument --use_peft; LoRA is not there yet"),
+    # LoRA.
+    ("dpo", "--lora_r 8", "--lora_r needs --use_peft"),
+    ("cpo", "--use_peft --lora_r 0", "lora_r must be positive, not 0"),
+    ("orpo", "--use_peft --lora_dropout 1.5", "lora_dropout must be below 1"),
+    ("orpo", "--load_in_4bit", "weights in 4 bits cannot be trained: --load_in_4bit needs --use_peft"),
+    ("xpo", "--use_peft --sync_ref_model", "a reference of LoRA has none of its own"),
+    (
+        "dpo",
+        "--use_peft --lora_target_modules q_proj up",
+        "up: this model has down_proj, embed_tokens, gate_proj",
+    ),
+    ("dpo", "--use_peft --ref_adapter_name a", "--ref_adapter_name is for adapters, and"),
+    ("dpo", "--use_peft --ref_adapter_name a --ref_model_name_or_path b", "both name the reference"),
+    (
+        "dpo",
+        "--model_name_or_path {dir}/adapter --dataset_name d --lora_r 8",
+        "--lora_r cannot change the adapter",
+    ),
+    ("cpo", "--model_name_or_path {dir}/lost --dataset_name " + TOY_DATA, "cannot load {dir}/nowhere"),
+    (
+        "cpo",
+        "--model_name_or_path {dir}/biased --dataset_name " + TOY_DATA,
+        "other weights than LoRA's matrices",
+    ),
+    ("orpo", "--model_name_or_path {dir}/short --dataset_name " + TOY_DATA, "its weights do not fit"),
+    (
+        "dpo",
+        f"--model_name_or_path {{dir}}/adapters --model_adapter_name a --ref_adapter_name b --dataset_name {TOY_DATA}",
+        "cannot load the adapter {dir}/adapters/b: it belongs to {dir}/another, not to",
+    ),
+    ("alphapo", "--model_name_or_path {dir}/quantized --dataset_name " + TOY_DATA, "are quantized already"),
     ("cpo", "--gamma 1", "did you mean --simpo_gamma?"),
     ("xpo", "--fp16", "use --bf16"),
     ("dpo", "--max_prompt_length 512", "see also --truncate_prompt"),
@@ -289,6 +320,24 @@ def wrong(tmp_path_factory) -> Path:
     config = LlamaConfig(**ARCHITECTURES["llama"] | {"num_labels": 2})
     LlamaForSequenceClassification(config).save_pretrained(folder / "two")
     tokenizer.save_pretrained(folder / "two")
+    tiny("llama", quantization_config={"quant_method": "gptq", "bits": 4}).save_pretrained(
+        folder / "quantized"
+    )
+    tokenizer.save_pretrained(folder / "quantized")
+    for name in ("base", "another"):
+        model.save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+    save_adapter(folder / "base", folder / "adapter")
+    save_adapter(folder / "base", folder / "biased", bias="lora_only")
+    save_adapter(folder / "base", folder / "lost")
+    save_adapter(folder / "base", folder / "short")
+    save_adapter(folder / "base", folder / "adapters" / "a")
+    save_adapter(folder / "another", folder / "adapters" / "b")
+    config = folder / "lost" / "adapter_config.json"
+    config.write_text(config.read_text().replace(str(folder / "base"), str(folder / "nowhere")))
+    weights = load_file(folder / "short" / "adapter_model.safetensors")
+    weights.popitem()
+    save_file(weights, folder / "short" / "adapter_model.safetensors", {"format": "pt"})
     return folder
 
 

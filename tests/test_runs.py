@@ -96,16 +96,21 @@ def metrics_of(output_dir: Path) -> list[dict]:
 def assert_same_run(a: Path, b: Path) -> None:
     assert metrics_of(a) == metrics_of(b)
     assert (a / "completions.jsonl").read_text() == (b / "completions.jsonl").read_text()
-    weights = load_file(a / "model.safetensors"), load_file(b / "model.safetensors")
+    name = "model.safetensors" if (a / "model.safetensors").exists() else "adapter_model.safetensors"
+    weights = load_file(a / name), load_file(b / name)
     assert weights[0].keys() == weights[1].keys()
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
     names = [sorted(str(path.relative_to(top)) for path in top.rglob("*")) for top in (a, b)]
     assert names[0] == names[1]
 
 
-@pytest.mark.parametrize("processes", [1, 2])
-def test_a_resumed_run_is_bitwise_the_uninterrupted_one(tmp_path, processes):
-    flags = [*SHORT, "--sync_ref_model", "--ref_model_sync_steps", "2", "--loss_type", "bco_pair"]
+SYNC = "--loss_type bco_pair --sync_ref_model --ref_model_sync_steps 2"
+LORA = "--use_peft --lora_dropout 0.1 --gradient_checkpointing"
+
+
+@pytest.mark.parametrize(("processes", "options"), [(1, SYNC), (2, SYNC), (1, LORA), (2, LORA)])
+def test_a_resumed_run_is_bitwise_the_uninterrupted_one(tmp_path, processes, options):
+    flags = [*SHORT, *options.split()]
     succeed("dpo.py", tmp_path / "a", *flags, processes=processes)
     stop("dpo.py", tmp_path / "b", *flags, after_steps=3, by=signal.SIGTERM, processes=processes)
     stop("dpo.py", tmp_path / "b", *flags, after_steps=5, by=signal.SIGKILL, processes=processes)
@@ -143,7 +148,8 @@ def test_a_reference_is_in_the_dtype_of_the_computation_unless_it_is_updated(bf1
     for sync_ref_model, dtype in ((False, frozen), (True, torch.float32)):
         args = dpo.Arguments(common.TOY_MODEL, bf16=bf16, sync_ref_model=sync_ref_model)
         reference = dpo.load_reference(args, device, tokenizer, policy)
-        assert {parameter.dtype for parameter in reference.parameters()} == {dtype}
+        with reference() as model:
+            assert {parameter.dtype for parameter in model.parameters()} == {dtype}
     assert {parameter.dtype for parameter in policy.parameters()} == {torch.float32}
 
 
