@@ -683,9 +683,11 @@ def policy_path(args, adapter_name: str | None = None) -> str:
 
 def adapter_base(path: str, args) -> str | None:
     """The model that the adapter in `path` belongs to; None if there is no adapter."""
-    with one_line(f"cannot load {path}"):
+    try:
         file = transformers.utils.find_adapter_config_file(path, revision=revision_of(path, args))
-        return json.loads(Path(file).read_text())["base_model_name_or_path"] if file else None
+    except OSError:  # loading the model will say what is wrong
+        return None
+    return json.loads(Path(file).read_text())["base_model_name_or_path"] if file else None
 
 
 def add_adapter(model, name: str, path: str | None, args: Arguments) -> None:
@@ -1295,18 +1297,19 @@ def parse(kind: type[Arguments], **toy) -> Arguments:
         fail("--model_name_or_path and --dataset_name go together (with neither, the built-in example runs)")
     if not given.model_name_or_path:
         parser.set_defaults(**TOY | toy | ({"batch_size": None} if given.gradient_accumulation_steps else {}))
-        given = parser.parse_args()
-    path, lora_flags = policy_path(given), [flag for flag in sys.argv if flag.startswith("--lora_")]
-    is_adapter = adapter_base(path, given) is not None
-    if lora_flags and (is_adapter or not given.use_peft):
-        fail(f"{lora_flags[0]} {f'cannot change the adapter {path}' if is_adapter else 'needs --use_peft'}")
-    if is_adapter or given.use_peft:
-        learning_rate = parser.get_default("learning_rate")
-        parser.set_defaults(use_peft=True, learning_rate=learning_rate and 10 * learning_rate)
     try:
         (args,) = parser.parse_args_into_dataclasses()
+        is_adapter = adapter_base(policy_path(args), args) is not None
+        if is_adapter or args.use_peft:
+            learning_rate = parser.get_default("learning_rate")
+            parser.set_defaults(use_peft=True, learning_rate=learning_rate and 10 * learning_rate)
+            (args,) = parser.parse_args_into_dataclasses()
     except ValueError as error:
         fail(str(error))
+    lora_flags = [flag for flag in sys.argv if flag.startswith("--lora_")]
+    if lora_flags and (is_adapter or not args.use_peft):
+        why = f"cannot change the adapter {policy_path(args)}" if is_adapter else "needs --use_peft"
+        fail(f"{lora_flags[0]} {why}")
     name = Path(given.model_name_or_path or "toy").resolve().name
     args.output_dir = args.output_dir or f"output/{name}-{Path(sys.argv[0]).stem}"
     return args

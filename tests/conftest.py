@@ -6,6 +6,7 @@ import runpy
 import sys
 from pathlib import Path
 
+import huggingface_hub
 import numpy as np
 import peft
 import pytest
@@ -16,6 +17,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 import common
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+huggingface_hub.constants.HF_HUB_OFFLINE = True  # it was read when the library was imported
 ROOT = Path(__file__).parent.parent
 # A file with a loss is a method's script: the tests find it here, a new one as well.
 METHODS = [

@@ -194,7 +194,8 @@ WRONG = [  # method, flags, what is said
     ("orpo", "--model_name_or_path {dir}/short --dataset_name " + TOY_DATA, "its weights do not fit"),
     (
         "dpo",
-        f"--model_name_or_path {{dir}}/adapters --model_adapter_name a --ref_adapter_name b --dataset_name {TOY_DATA}",
+        "--model_name_or_path {dir}/adapters --model_adapter_name a --ref_adapter_name b"
+        " --dataset_name {data}",
         "cannot load the adapter {dir}/adapters/b: it belongs to {dir}/another, not to",
     ),
     ("alphapo", "--model_name_or_path {dir}/quantized --dataset_name " + TOY_DATA, "are quantized already"),
