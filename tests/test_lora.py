@@ -175,14 +175,21 @@ def test_the_saved_adapter_has_the_trained_log_probabilities_to_the_bit(base, tm
 
 def test_training_goes_on_with_an_adapter(tmp_path):
     flags = [*SHORT, "--max_steps", "2"]
-    succeed("dpo.py", tmp_path / "a", *flags, "--use_peft")
+    succeed("dpo.py", tmp_path / "a", *flags, "--use_peft", "--lora_dropout", "0.5")
     data = ["--model_name_or_path", str(tmp_path / "a"), "--dataset_name", common.TOY_DATA]
     said = succeed("dpo.py", tmp_path / "b", *flags, *data)
     assert "training 87,552 of" in said
     first, last = metrics_of(tmp_path / "b")[0], metrics_of(tmp_path / "a")[-1]
-    assert first["eval_rewards/chosen"] == 0
+    assert first["eval_rewards/chosen"] == 0  # without dropout in both evaluations
     assert first["eval_logps/chosen"] == pytest.approx(last["eval_logps/chosen"], rel=1e-6)
     assert json.loads((tmp_path / "b" / "adapter_config.json").read_text())["r"] == 16
+
+
+def test_the_initial_adapter_is_a_function_of_the_seed(base):
+    first, same, other = (dict(load(base, seed=seed)[0].named_parameters()) for seed in (1, 1, 2))
+    name = "model.layers.0.mlp.up_proj.lora_A.default.weight"
+    assert torch.equal(first[name].full_tensor(), same[name].full_tensor())
+    assert not torch.equal(first[name].full_tensor(), other[name].full_tensor())
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -113,6 +113,31 @@ def table(pairs: int) -> None:
             print(f"| {name} | {gpus} | " + " | ".join(f"{value / GIB:.1f}" for value in values) + " |")
 
 
+def lora_table(pairs: int, rank: int = 16) -> None:
+    """LoRA on all linear layers, on one GPU; the reference is the same model without the adapter."""
+    print(f"\nLoRA of rank {rank} on one GPU, with gradient checkpointing\n")
+    print("| model | frozen weights | weights in use | adapter, gradient, AdamW | activations | in all |")
+    print("|---|" + "---|" * 5)
+    for name, config in MODELS.items():
+        found = activations(config, 1, LENGTHS, torch.bfloat16)
+        layer_saved, outside_saved, layer_input = (pairs * size for size in found)
+        checkpointed = config.num_hidden_layers * layer_input + 2 * layer_saved + outside_saved + head(2)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+        linear = [m for m in model.model.layers.modules() if isinstance(m, torch.nn.Linear)]
+        layers, total = sum(m.weight.numel() for m in linear), sum(p.numel() for p in model.parameters())
+        adapter = 16 * sum(rank * (m.in_features + m.out_features) for m in linear)
+        # fully_shard copies the weights that it gathers, also on one GPU. It leaves those in 4 bits alone,
+        # which are expanded to bfloat16 one matrix at a time. Each 64 of them share a scale in 8 bits.
+        gathered = 2 * (total - layers + 2 * layers // config.num_hidden_layers)
+        kinds = {"bfloat16": (2 * total, gathered)}
+        four_bits = layers / 2 + layers / 64 + 2 * (total - layers)
+        kinds["4 bits"] = four_bits, 2 * max(m.weight.numel() for m in linear)
+        for kind, (frozen, in_use) in kinds.items():
+            values = (frozen, in_use, adapter, checkpointed, frozen + in_use + adapter + checkpointed)
+            print(f"| {name}, {kind} | " + " | ".join(f"{value / GIB:.1f}" for value in values) + " |")
+
+
 CASES = ((4096, 280), (4096, 1024), (32768, 280))  # vocabulary, tokens of a completion
 
 
@@ -142,4 +167,8 @@ if __name__ == "__main__":
     parser.add_argument("--pairs", type=int, default=4, help="of a micro-batch")
     parser.add_argument("--check", action="store_true")
     args = parser.parse_args()
-    check() if args.check else table(args.pairs)
+    if args.check:
+        check()
+    else:
+        table(args.pairs)
+        lora_table(args.pairs)

@@ -12,6 +12,9 @@ release with an XPO trainer. The contestants:
     fast    TRL without gradient checkpointing
     best    the same, pairs of similar length together, and on CPUs, too, the head only where it is needed
 
+--lora trains an adapter (rank 16, on all linear layers) that has been saved with random weights before; the
+reference is that adapter as it was. For dpo, cpo, simpo and orpo.
+
 --memory NAME prints the peak memory of three steps of the one, less what was there before the first;
 --profile NAME, on a CPU, what the time of a step goes into.
 """
@@ -50,6 +53,7 @@ SIZES = {  # the head has a quarter of the weights in both
 # Tokens of prompt and completion, on average and at most: as in UltraFeedback, in summarisation, in fiction.
 LENGTHS = {"chat": (190, 512, 280, 512), "summary": (700, 896, 60, 128), "story": (30, 128, 600, 896)}
 METHODS = ["dpo", "precomputed", "cpo", "simpo", "orpo", "xpo", "generation"]
+ADAPTER = "{}/adapter"
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 NEW_TOKENS = 64
 
@@ -74,8 +78,10 @@ def make_pairs(n: int, lengths: str, vocabulary: int, seed: int = 0) -> list[dic
 class Contestant:
     """A model with its optimizer: step() takes a training step on all pairs; (loss, gradient norm)."""
 
-    def __init__(self, name: str, method: str, folder: str, pairs: list[dict], size: int):
-        self.pairs, self.size = pairs, size
+    def __init__(
+        self, name, method, folder: str, pairs: list[dict], size: int, lora=False, loss_type="sigmoid"
+    ):
+        self.pairs, self.size, self.lora, self.loss_type = pairs, size, lora, loss_type
         self.wins = {id(pair): i % 2 == 0 for i, pair in enumerate(pairs)}  # for XPO, whatever the order
         if name in ("ours", "lean"):
             self.begin_ours(method, folder, name == "lean")
@@ -105,9 +111,12 @@ class Contestant:
     def begin_ours(self, method: str, folder: str, checkpointing: bool) -> None:
         script = {"cpo": cpo, "simpo": cpo, "orpo": orpo, "xpo": xpo, "generation": xpo}.get(method, dpo)
         options = {"loss_type": "simpo"} if method == "simpo" else {}
+        options |= {"loss_type": [self.loss_type]} if script is dpo else {}
         options |= {"judge": f"{__file__}:main"} if script is xpo else {}
+        path = ADAPTER.format(folder) if self.lora else folder
         args = script.Arguments(
-            model_name_or_path=folder,
+            model_name_or_path=path,
+            use_peft=self.lora,
             dataset_name="none",
             output_dir=f"{folder}/ours",
             batch_size=len(self.pairs),
@@ -118,10 +127,11 @@ class Contestant:
             **options,
         )
         _, _, device = common.start(args)
-        self.model = common.load_model(folder, args, device, trainable=True)
-        self.optimizer, reference = common.adamw(self.model, args), None
-        if script in (dpo, xpo):
-            reference = common.load_model(folder, args, device, trainable=False)
+        reference = path if script in (dpo, xpo) else None
+        self.model = common.load_model(path, args, device, trainable=True, reference=reference)
+        self.optimizer = common.adamw(self.model, args)
+        if reference:
+            reference = common.load_reference(None, self.model, args, device)
         parts = ("prompt", "chosen", "rejected")
         lengths = np.array([[len(pair[part]) for part in parts] for pair in self.pairs])
         tokens = datasets.Dataset.from_list(self.pairs)
@@ -148,7 +158,8 @@ class Contestant:
 
         def generate():
             prompts, tokenizer = [pair["prompt"] for pair in self.pairs], SimpleNamespace(pad_token_id=0)
-            for model in (self.model, reference):
+            common.generate(self.model, tokenizer, prompts, args, **xpo.sampling(args))
+            with reference() as model:
                 common.generate(model, tokenizer, prompts, args, **xpo.sampling(args))
             return 0.0, 0.0
 
@@ -162,11 +173,16 @@ class Contestant:
         options = dict(output_dir=f"{folder}/trl", per_device_train_batch_size=self.size, report_to="none")
         options |= dict(max_length=8192, bf16=DEVICE.type == "cuda", disable_tqdm=True)
         self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        if self.lora:
+            import peft
+
+            self.model = peft.PeftModel.from_pretrained(self.model, ADAPTER.format(folder), is_trainable=True)
         text = datasets.Dataset.from_list([dict.fromkeys(("prompt", "chosen", "rejected"), "0")])
         data = dict(train_dataset=text, processing_class=tokenizer)
         if method in ("dpo", "precomputed"):
             from trl import DPOConfig, DPOTrainer
 
+            options |= {"loss_type": [self.loss_type]}
             trainer = DPOTrainer(self.model, args=DPOConfig(**options), **data)
             rows = [{f"{part}_ids": ids for part, ids in pair.items()} for pair in self.pairs]
         else:
@@ -200,7 +216,8 @@ class Contestant:
                 for row, y_w, y_l in zip(part, chosen.tolist(), rejected.tolist(), strict=True):
                     row |= {"ref_chosen_logps": y_w, "ref_rejected_logps": y_l}
             trainer.precompute_ref_logps, trainer.ref_model = True, None
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-6, weight_decay=0.0, fused=True)
+        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        self.optimizer = torch.optim.AdamW(trained, lr=1e-6, weight_decay=0.0, fused=True)
 
         def losses():
             for start in range(0, len(rows), self.size):
@@ -289,6 +306,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=10, help="timed ones; two more come before")
     parser.add_argument("--names", nargs="*", default=["ours", "trl", "fast", "best"])
     everybody = ["ours", "lean", "trl", "fast", "best"]
+    parser.add_argument("--lora", action="store_true")
+    parser.add_argument("--loss_type", default="sigmoid", help="of dpo")
     parser.add_argument("--memory", choices=everybody)
     parser.add_argument("--profile", choices=everybody)
     parser.add_argument("--json", action="store_true", help="print results as one line of JSON")
@@ -306,19 +325,28 @@ def main() -> None:
         model.generation_config = GenerationConfig(eos_token_id=config["vocab_size"], pad_token_id=0)
         model.save_pretrained(folder)
         del model
+        options = args.size, args.lora, args.loss_type
+        if args.lora:
+            import peft
+
+            model = AutoModelForCausalLM.from_pretrained(folder)
+            lora = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear", "init_lora_weights": False}
+            model = peft.get_peft_model(model, peft.LoraConfig(**lora, task_type="CAUSAL_LM"))
+            model.save_pretrained(ADAPTER.format(folder))
+            del model
         if args.memory:
-            contestant = Contestant(args.memory, args.method, folder, pairs, args.size)
+            contestant = Contestant(args.memory, args.method, folder, pairs, *options)
             gib = peak_memory(contestant)
             print(json.dumps({"gib": gib}) if args.json else f"{args.memory}: {gib:.2f} GiB")
             return
         if args.profile:
-            contestant = Contestant(args.profile, args.method, folder, pairs, args.size)
+            contestant = Contestant(args.profile, args.method, folder, pairs, *options)
             seconds = profile(contestant, config["vocab_size"])
             print(json.dumps(seconds) if args.json else seconds)
             return
-        contestants = {name: Contestant(name, args.method, folder, pairs, args.size) for name in args.names}
+        contestants = {name: Contestant(name, args.method, folder, pairs, *options) for name in args.names}
         times = {name: [] for name in contestants}
-        first = {}
+        first, differences = {}, dict.fromkeys(contestants, 0.0)
         for i in range(args.steps + 2):
             for name, contestant in contestants.items():
                 start = time.perf_counter()
@@ -326,6 +354,10 @@ def main() -> None:
                 seconds = time.perf_counter() - start
                 if i == 0:
                     first[name] = result
+                if name == args.names[0]:
+                    want = result
+                apart = max(abs(a - b) / max(abs(a), 1e-9) for a, b in zip(want, result, strict=True))
+                differences[name] = max(differences[name], apart)
                 if i >= 2:
                     times[name].append(seconds)
     results = {}
@@ -334,6 +366,7 @@ def main() -> None:
         results[name] = {
             "loss": first[name][0],
             "grad_norm": first[name][1],
+            "difference": differences[name],
             "pairs_per_second": args.pairs / statistics.median(seconds),
             "tokens_per_second": tokens / statistics.median(seconds),
             "times_as_long": statistics.median(ratios),
@@ -345,6 +378,7 @@ def main() -> None:
     for name, result in results.items():
         print(
             f"{args.method} {name:5} loss {result['loss']:.6f}  gradient norm {result['grad_norm']:.5f}  "
+            f"(of all steps within {result['difference']:.0e} of the first)  "
             f"{result['pairs_per_second']:.2f} pairs/s  {result['tokens_per_second']:.0f} tokens/s  "
             f"takes {result['times_as_long']:.2f} times as long "
             f"(quartiles {result['quartiles'][0]:.2f}, {result['quartiles'][1]:.2f})"
