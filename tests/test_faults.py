@@ -30,6 +30,7 @@ from common import TOY_DATA, TOY_MODEL
 
 SCRIPTS = [f"{method}.py" for method in METHODS]
 FLAGS = {"dpo.py": "--precompute_ref_log_probs", "cpo.py": "--loss_type simpo"}
+FLAGS |= {"alphapo.py": "--use_peft --lora_dropout 0.1"}
 SHORT = "--max_steps 4 --batch_size 8 --eval_prompts 4 --max_new_tokens 8 --eval_steps 2 --save_steps 1"
 
 
