@@ -1,9 +1,10 @@
 """Every method, three seeds each, on held-out data: the README's tables.
 
     python tests/bench/quality.py toy          the built-in example: about 20 minutes on two idle cores
+    python tests/bench/quality.py lora         the same with LoRA (rank 16, ten times the learning rate)
     python tests/bench/quality.py stories DIR  a real model, DIR/models/stories260K, on DIR/data/stories
 
-Results go to toy.json or stories.json beside this file; a run that is there already is not run again.
+Results go to toy.json, lora.json or stories.json beside this file; a run that is there is not run again.
 """
 
 import json
@@ -31,6 +32,7 @@ TOY = {  # name: script and flags
     "XPO": "xpo.py",
     "online DPO (α = 0)": "xpo.py --alpha 0",
 }
+LORA = {name: f"{TOY[name]} --use_peft" for name in ("DPO", "CPO", "SimPO", "AlphaPO", "ORPO", "XPO")}
 STORIES = {
     "DPO": "dpo.py --learning_rate 1e-4",
     "CPO": "cpo.py --learning_rate 3e-4",
@@ -76,7 +78,7 @@ def main(data: str, folder: str = "") -> None:
             f"{folder}/data/stories",
         ]
         flags += STORIES_FLAGS.split()
-    methods, path = {"toy": TOY, "stories": STORIES}[data], HERE / f"{data}.json"
+    methods, path = {"toy": TOY, "lora": LORA, "stories": STORIES}[data], HERE / f"{data}.json"
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
     versions = {"torch": torch.__version__, "transformers": transformers.__version__, "device": "2 CPU cores"}
     results = json.loads(path.read_text()) if path.exists() else {"versions": versions, "runs": {}}
