@@ -47,6 +47,7 @@ from tqdm import tqdm
 from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, AutoModelForCausalLM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
+from transformers.utils import has_file
 
 
 # ------------------------------------------------------------------------------------------ log-probabilities
@@ -609,7 +610,8 @@ def revision_of(path: str, args) -> str:
 def load_tokenizer(path: str, args: Arguments):
     """The tokenizer of a model, if these scripts can train or score with that model."""
     base = adapter_base(path, args) or path
-    has_tokenizer = base == path or Path(path, "tokenizer_config.json").exists()
+    revision = revision_of(path, args)
+    has_tokenizer = base == path or has_file(path, "tokenizer_config.json", revision=revision)
     tokenizer = from_pretrained(transformers.AutoTokenizer, path if has_tokenizer else base, args)
     config = from_pretrained(AutoConfig, base, args)
     known = type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING or args.trust_remote_code
@@ -624,19 +626,11 @@ def load_tokenizer(path: str, args: Arguments):
     return tokenizer
 
 
-def load_model(
-    path: str, args: Arguments, device: torch.device, *, trainable: bool, updated=False, reference=None
-):
-    """A causal language model, sharded over all processes, with the method `token_logps` of this file.
-
-    `path` is a model or a LoRA adapter. `reference` is the adapter that a policy with an adapter starts from,
-    or another one to compare it with.
-    """
+def load_model(path: str, args: Arguments, device: torch.device, *, trainable: bool, updated: bool = False):
+    """A model or LoRA adapter, sharded over all processes, with the method `token_logps` of this file."""
     # Dropout is off, so that policy and reference agree exactly before the first step. Weights that are
     # neither trained nor `updated` in another way are kept in bfloat16 if args.bf16 says to compute in it.
     base = adapter_base(path, args)
-    if reference not in (None, path) and not base:
-        fail(f"--ref_adapter_name is for adapters, and {path} is none")
     config = from_pretrained(AutoConfig, base or path, args)
     dropout = {k: value for k, value in config.to_dict().items() if "drop" in k and isinstance(value, float)}
     dtype = compute_dtype = getattr(torch, args.dtype)
@@ -656,8 +650,11 @@ def load_model(
         model.gradient_checkpointing_enable({"use_reentrant": False})
     if model.adapted:
         add_adapter(model, "default", base and path, args)
-        if base and reference:
-            add_adapter(model, "reference", reference, args)
+        # If the method has a reference that is not a model of its own, a policy that started from an adapter
+        # is compared with that adapter, or with another one.
+        has_reference = trainable and hasattr(args, "ref_adapter_name")
+        if base and has_reference and not getattr(args, "ref_model_name_or_path", None):
+            add_adapter(model, "reference", policy_path(args, args.ref_adapter_name), args)
         switch_adapter(model, "default")
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(trainable and "lora_" in name and ".default" in name)
@@ -697,9 +694,9 @@ def add_adapter(model, name: str, path: str | None, args: Arguments) -> None:
     if path is None:
         targets = args.lora_target_modules
         known = {name.split(".")[-2] for name, parameter in model.named_parameters() if parameter.ndim == 2}
-        if unknown := sorted({*targets} - known - {"all-linear"}):
-            fail(f"--lora_target_modules {unknown[0]}: this model has {', '.join(sorted(known))}")
         targets = "all-linear" if targets == ["all-linear"] else targets
+        if targets != "all-linear" and (unknown := sorted({*targets} - known)):
+            fail(f"--lora_target_modules {unknown[0]}: this model has {', '.join(sorted(known))}")
         options = {"r": args.lora_r, "lora_alpha": args.lora_alpha, "lora_dropout": args.lora_dropout}
         config = peft.LoraConfig(**options, target_modules=targets, task_type="CAUSAL_LM")
         config.base_model_name_or_path = model.name_or_path
@@ -716,7 +713,7 @@ def add_adapter(model, name: str, path: str | None, args: Arguments) -> None:
         if config.base_model_name_or_path != model.name_or_path:
             raise ValueError(f"it belongs to {config.base_model_name_or_path}, not to {model.name_or_path}")
         if name == "reference":
-            config.lora_dropout = 0.0
+            config.lora_dropout = 0.0  # it runs while the policy is in training mode
         loaded = model.load_adapter(path, name, peft_config=config)
         if loaded.unexpected_keys or any(f".{name}." in key for key in loaded.missing_keys):
             raise ValueError(f"its weights do not fit {model.name_or_path}")
@@ -730,8 +727,8 @@ def switch_adapter(model, name: str | None) -> None:
 
 
 @contextmanager
-def without_adapter(policy) -> Iterator:
-    """Let the policy run as it was before training: without its adapter, or with the one it started from."""
+def as_before_training(policy) -> Iterator:
+    """Let the policy run without its adapter, or if it started from an adapter, with a copy of that one."""
     switch_adapter(policy, "reference" if "reference" in policy.peft_config else None)
     yield policy
     switch_adapter(policy, "default")
@@ -740,8 +737,8 @@ def without_adapter(policy) -> Iterator:
 def load_reference(path: str | None, policy, args: Arguments, device, *, updated: bool = False) -> Callable:
     """The model in `path`, or by default the policy before training: `with reference() as model:`."""
     if policy.adapted and not path:
-        return partial(without_adapter, policy)  # the same model: there is no second copy in memory
-    path = path or args.model_name_or_path
+        return partial(as_before_training, policy)  # the same model: there is no second copy in memory
+    path = path or policy_path(args)
     return partial(nullcontext, load_model(path, args, device, trainable=False, updated=updated))
 
 
@@ -1140,7 +1137,7 @@ def save_model(args: Arguments, policy, tokenizer) -> None:
         # Tied weights are saved under one name.
         weights = {name: w for name, w in weights.items() if name not in policy.all_tied_weights_keys}
         if policy.adapted:  # as peft writes an adapter; the model's own method wants the newest peft
-            weights = {n.replace(".default", ""): w for n, w in weights.items() if "lora_" in n}
+            weights = {n.replace(".default.", "."): w for n, w in weights.items() if "lora_" in n}
             weights = {f"base_model.model.{name}": w.contiguous() for name, w in weights.items()}
             save_file(weights, Path(args.output_dir, "adapter_model.safetensors"), {"format": "pt"})
             policy.peft_config["default"].save_pretrained(args.output_dir)
@@ -1183,7 +1180,7 @@ class Arguments:
     lora_alpha: int = arg(32, "the adapter's output is scaled by lora_alpha / lora_r")
     lora_dropout: float = arg(0.0, "dropout of the adapter's inputs in training")
     lora_target_modules: list[str] = arg(["all-linear"], "names of the modules that get an adapter")
-    model_adapter_name: str | None = arg(None, "train the adapter of this name in model_name_or_path")
+    model_adapter_name: str | None = arg(None, "train the adapter in this folder of model_name_or_path")
     load_in_4bit: bool = arg(False, "keep the frozen weights in 4 bits (NF4 with double quantization)")
     dataset_name: str | None = arg(None, "a Hub name, a directory, or a jsonl, json, csv, tsv, parquet file")
     dataset_config: str | None = arg(None, "configuration of the dataset on the Hub")
@@ -1250,8 +1247,6 @@ class Arguments:
             raise ValueError(f"rename_columns takes pairs such as question=prompt, not {odd[0]}")
         if self.lora_dropout >= 1:
             raise ValueError(f"lora_dropout must be below 1, not {self.lora_dropout}")
-        if self.load_in_4bit and not self.use_peft:
-            raise ValueError("weights in 4 bits cannot be trained: --load_in_4bit needs --use_peft")
         needed = {"peft": self.use_peft, "bitsandbytes": self.load_in_4bit}
         for package in [name for name, is_needed in needed.items() if is_needed] + [self.report_to]:
             if package != "none" and importlib.util.find_spec(package) is None:
@@ -1306,6 +1301,10 @@ def parse(kind: type[Arguments], **toy) -> Arguments:
             (args,) = parser.parse_args_into_dataclasses()
     except ValueError as error:
         fail(str(error))
+    if args.load_in_4bit and not args.use_peft:
+        fail("weights in 4 bits cannot be trained: --load_in_4bit needs --use_peft")
+    if getattr(args, "ref_adapter_name", None) and not is_adapter:
+        fail(f"--ref_adapter_name is for adapters, and {policy_path(args)} is none")
     lora_flags = [flag for flag in sys.argv if flag.startswith("--lora_")]
     if lora_flags and (is_adapter or not args.use_peft):
         why = f"cannot change the adapter {policy_path(args)}" if is_adapter else "needs --use_peft"

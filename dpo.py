@@ -150,14 +150,16 @@ def main(args: Arguments) -> None:
     train, test = common.load_data(args, tokenizer)
     # The row numbers of all batches, (steps, batch_size), are the same on all processes.
     batches = common.global_batches(train, args)
-    path, reference_adapter = common.policy_path(args), common.policy_path(args, args.ref_adapter_name)
-    policy = common.load_model(path, args, device, trainable=True, reference=reference_adapter)
+    policy = common.load_model(common.policy_path(args), args, device, trainable=True)
     reference = load_reference(args, device, tokenizer, policy)
     optimizer = common.adamw(policy, args)
-    bco_rewards = torch.zeros(2, dtype=torch.float64)  # BCO: sum of mean rewards, and of steps
+    bco_rewards = torch.zeros(
+        2, dtype=torch.float64
+    )  # BCO: the sum of the steps' mean rewards, and their number
     method_state = {"bco_rewards": bco_rewards}
-    with reference() as model:
-        method_state |= {"reference": model.state_dict()} if args.sync_ref_model else {}
+    if args.sync_ref_model:
+        with reference() as model:
+            method_state["reference"] = model.state_dict()
     common.claim_output_dir(args)
     first_step = common.resume(args, policy, optimizer, method_state)
 
@@ -431,14 +433,15 @@ def in_both_answers(batch: Batch) -> Tensor:
 
 def load_reference(args: Arguments, device: torch.device, tokenizer, policy):
     """The model that the policy is compared with; by default the policy as it is before training."""
+    # `with reference() as model:` gives the model. With LoRA, it is the policy without its adapter.
     path = args.ref_model_name_or_path
     if path and common.load_tokenizer(path, args).get_vocab() != tokenizer.get_vocab():
         common.fail(f"the reference {path} has another vocabulary than {args.model_name_or_path}")
     reference = common.load_reference(path, policy, args, device, updated=args.sync_ref_model)
     with reference() as model:
         shapes, policy_shapes = ([p.shape for p in m.parameters()] for m in (model, policy))
-    if args.sync_ref_model and shapes != policy_shapes:
-        common.fail(f"--sync_ref_model averages weights, but those of {path} have other shapes")
+        if args.sync_ref_model and shapes != policy_shapes:
+            common.fail(f"--sync_ref_model averages weights, but those of {path} have other shapes")
     return reference
 
 
@@ -489,7 +492,9 @@ class Arguments(common.Arguments):
     use_weighting: bool = arg(False, "weight pairs by their probability under the policy (WPO, 2406.11827)")
     ld_alpha: float | None = arg(None, "weight of tokens past the shorter answer's end (LD-DPO, 2409.06411)")
     ref_model_name_or_path: str | None = arg(None, "the reference [the policy as it is before training]")
-    ref_adapter_name: str | None = arg(None, "the reference: the adapter of this name in model_name_or_path")
+    ref_adapter_name: str | None = arg(
+        None, "the reference: the adapter in this folder of model_name_or_path"
+    )
     precompute_ref_log_probs: bool = arg(False, "compute those of the reference first, then free it")
     sync_ref_model: bool = arg(False, "let the reference follow the policy (TR-DPO, 2404.09656)")
     ref_model_sync_steps: int = arg(512, "steps between updates of the reference")

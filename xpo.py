@@ -313,14 +313,15 @@ def main(args: Arguments) -> None:
     train, test = common.load_data(args, tokenizer, completions=())
     # The row numbers of all batches, (steps, batch_size), are the same on all processes.
     batches = common.global_batches(train, args)
-    path, reference_adapter = common.policy_path(args), common.policy_path(args, args.ref_adapter_name)
-    policy = common.load_model(path, args, device, trainable=True, reference=reference_adapter)
+    policy = common.load_model(common.policy_path(args), args, device, trainable=True)
     reference = common.load_reference(None, policy, args, device, updated=args.sync_ref_model)
     prompt = common.split_prompt(train.raw[0])[0]
     decide = load_judge(args.judge) if args.judge else load_scorer(args, device, prompt)
     optimizer = common.adamw(policy, args)
-    with reference() as model:
-        method_state = {"reference": model.state_dict()} if args.sync_ref_model else {}
+    method_state = {}
+    if args.sync_ref_model:
+        with reference() as model:
+            method_state["reference"] = model.state_dict()
     common.claim_output_dir(args)
     first_step = common.resume(args, policy, optimizer, method_state)
 
@@ -388,7 +389,9 @@ class Arguments(common.Arguments):
     top_p: float = arg(1.0, "sample from the smallest set of tokens with this total probability")
     top_k: int = arg(0, "sample from the k likeliest tokens; 0: from all")
     min_p: float | None = arg(None, "sample from tokens at least this fraction as likely as the likeliest")
-    ref_adapter_name: str | None = arg(None, "the reference: the adapter of this name in model_name_or_path")
+    ref_adapter_name: str | None = arg(
+        None, "the reference: the adapter in this folder of model_name_or_path"
+    )
     sync_ref_model: bool = arg(False, "let the reference follow the policy (TR-DPO, 2404.09656)")
     ref_model_sync_steps: int = arg(512, "steps between updates of the reference")
     ref_model_mixup_alpha: float = arg(0.6, "share of the policy in the updated reference")

@@ -93,8 +93,10 @@ def main(model: str, out: str, *methods: str) -> None:
     rank, world, device = common.start(args)
     policy = common.load_model(model, args, device, trainable=True)
     reference = common.load_reference(model + "-reference", policy, args, device)
-    adapters = [f"{model}-adapter", f"{model}-reference-adapter"]
-    lora = common.load_model(adapters[0], args, device, trainable=True, reference=adapters[1])
+    folder, name = model.rsplit("/", 1)
+    names = {"model_adapter_name": f"{name}-adapter", "ref_adapter_name": f"{name}-reference-adapter"}
+    lora_args = dpo.Arguments(**arguments | {"model_name_or_path": folder}, **names)
+    lora = common.load_model(common.policy_path(lora_args), lora_args, device, trainable=True)
     models = {False: (policy, reference), True: (lora, common.load_reference(None, lora, args, device))}
     results = {}
     for method in methods:

@@ -40,9 +40,9 @@ def base(tmp_path_factory):
 
 def load(base, adapter: str | None = None, reference: str | None = None, **options):
     """(policy, reference) as dpo.py loads them."""
-    args = arguments(base.parent / "adapters" if adapter else base, model_adapter_name=adapter, **options)
-    path = common.policy_path(args, reference)
-    policy = common.load_model(common.policy_path(args), args, CPU, trainable=True, reference=path)
+    path, names = base.parent / "adapters" if adapter else base, {"ref_adapter_name": reference}
+    args = arguments(path, model_adapter_name=adapter, **names, **options)
+    policy = common.load_model(common.policy_path(args), args, CPU, trainable=True)
     return policy, common.load_reference(args.ref_model_name_or_path, policy, args, CPU)
 
 

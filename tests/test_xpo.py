@@ -2,6 +2,8 @@
 
 import json
 import signal
+from contextlib import nullcontext
+from functools import partial
 from math import exp, log
 from types import SimpleNamespace
 
@@ -158,9 +160,13 @@ def test_evaluations_and_training_steps_have_different_seeds(monkeypatch):
 # ----------------------------------------------------------------------------------------- who decides
 
 
+def named(name: str, eos: int) -> SimpleNamespace:
+    return SimpleNamespace(name=name, generation_config=SimpleNamespace(eos_token_id=eos))
+
+
 def two_models(monkeypatch, policy_says: list[int], reference_says: list[int]) -> None:
-    said = iter([policy_says, reference_says])
-    monkeypatch.setattr(common, "generate", lambda *args, **options: next(said))
+    said = {"policy": policy_says, "reference": reference_says}
+    monkeypatch.setattr(common, "generate", lambda model, *args, **options: said[model.name])
 
 
 def sampled(monkeypatch, decide, *, judge=None, **options):
@@ -168,12 +174,12 @@ def sampled(monkeypatch, decide, *, judge=None, **options):
     tokenizer = AutoTokenizer.from_pretrained(TOY_MODEL)
     encode, eos = (lambda text: tokenizer(text)["input_ids"]), tokenizer.eos_token_id
     two_models(monkeypatch, [[*encode("7"), eos], [*encode("8"), eos]], [encode("9"), [*encode("8"), eos]])
-    model = SimpleNamespace(generation_config=SimpleNamespace(eos_token_id=eos))
+    policy, reference = named("policy", eos), partial(nullcontext, named("reference", eos))
     raw = datasets.Dataset.from_dict({"prompt": ["0=", "1=", "2="]})
     tokens = raw.map(lambda row: {"prompt": encode(row["prompt"])}, remove_columns="prompt")
     args = arguments(**options)
     args.judge = judge
-    return sample(model, model, decide, tokenizer, common.Data(raw, tokens, None), [1, 2], args)
+    return sample(policy, reference, decide, tokenizer, common.Data(raw, tokens, None), [1, 2], args)
 
 
 def test_scores_decide_and_a_missing_eos_costs(monkeypatch):
@@ -206,9 +212,9 @@ def test_special_tokens_are_visible_but_for_a_final_eos(monkeypatch):
     decide, prompt = (lambda prompts, texts, ended: torch.zeros(2)), tokenizer("1=")["input_ids"]
     two, (bos, eos) = tokenizer("2")["input_ids"], tokenizer("<s></s>")["input_ids"]
     two_models(monkeypatch, [[*two, bos, *two, eos], [eos]], [[*two, bos], [bos, eos]])
-    model = SimpleNamespace(generation_config=SimpleNamespace(eos_token_id=eos))
+    policy, reference = named("policy", eos), partial(nullcontext, named("reference", eos))
     data = common.Data([{"prompt": "1="}] * 2, datasets.Dataset.from_dict({"prompt": [prompt] * 2}), None)
-    samples = sample(model, model, decide, tokenizer, data, [0, 1], arguments())
+    samples = sample(policy, reference, decide, tokenizer, data, [0, 1], arguments())
     assert samples.texts == [("2<s>2", "2<s>"), ("", "<s>")]
 
 

@@ -127,10 +127,9 @@ class Contestant:
             **options,
         )
         _, _, device = common.start(args)
-        reference = path if script in (dpo, xpo) else None
-        self.model = common.load_model(path, args, device, trainable=True, reference=reference)
-        self.optimizer = common.adamw(self.model, args)
-        if reference:
+        self.model = common.load_model(path, args, device, trainable=True)
+        self.optimizer, reference = common.adamw(self.model, args), None
+        if script in (dpo, xpo):
             reference = common.load_reference(None, self.model, args, device)
         parts = ("prompt", "chosen", "rejected")
         lengths = np.array([[len(pair[part]) for part in parts] for pair in self.pairs])
