@@ -649,19 +649,7 @@ def load_model(path: str, args: Arguments, device: torch.device, *, trainable: b
     if trainable and args.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     if model.adapted:
-        add_adapter(model, "default", base and path, args)
-        # If the method has a reference that is not a model of its own, a policy that started from an adapter
-        # is compared with that adapter, or with another one.
-        has_reference = trainable and hasattr(args, "ref_adapter_name")
-        if base and has_reference and not getattr(args, "ref_model_name_or_path", None):
-            add_adapter(model, "reference", policy_path(args, args.ref_adapter_name), args)
-        switch_adapter(model, "default")
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(trainable and "lora_" in name and ".default" in name)
-        model.train(trainable)
-    if trainable and model.adapted:
-        trained, total = model.num_parameters(only_trainable=True), model.num_parameters()
-        say(f"training {trained:,} of {total:,} parameters ({trained / total:.2%})")
+        add_adapters(model, base and path, args, trainable)
     for parameter in model.parameters():
         if parameter.is_floating_point():  # weights of 4 bits are not
             kept = dtype if parameter.requires_grad or updated else compute_dtype
@@ -685,6 +673,23 @@ def adapter_base(path: str, args) -> str | None:
     except OSError:  # loading the model will say what is wrong
         return None
     return json.loads(Path(file).read_text())["base_model_name_or_path"] if file else None
+
+
+def add_adapters(model, path: str | None, args: Arguments, trainable: bool) -> None:
+    """Add to a model the adapter in `path`, or a fresh one; and the one that it is to be compared with."""
+    add_adapter(model, "default", path, args)
+    # In a method with a reference that is not a model of its own, a policy that started from an adapter is
+    # compared with that adapter, or with another one. Without its fresh adapter, it needs no second one.
+    has_reference = trainable and hasattr(args, "ref_adapter_name")
+    if path and has_reference and not getattr(args, "ref_model_name_or_path", None):
+        add_adapter(model, "reference", policy_path(args, args.ref_adapter_name), args)
+    switch_adapter(model, "default")
+    model.train(trainable)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(trainable and "lora_" in name and ".default." in name)
+    if trainable:
+        trained, total = model.num_parameters(only_trainable=True), model.num_parameters()
+        say(f"training {trained:,} of {total:,} parameters ({trained / total:.2%})")
 
 
 def add_adapter(model, name: str, path: str | None, args: Arguments) -> None:
