@@ -123,17 +123,12 @@ def test_what_is_frozen_is_in_the_dtype_of_the_computation(base, bf16):
 
 
 PROCESSES = {"dpo": 2, "xpo": 2}
+OPTIONS = {"dpo": "--bf16 true --gradient_checkpointing"}
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_run_starts_at_zero_and_its_adapter_loads_elsewhere(tmp_path, method):
-    flags = [
-        *SHORT,
-        "--use_peft",
-        "--max_steps",
-        "2",
-        *(["--eval_strategy", "no"] if method != "dpo" else []),
-    ]
+    flags = [*SHORT, "--use_peft", "--max_steps", "2", *OPTIONS.get(method, "--eval_strategy no").split()]
     said = succeed(f"{method}.py", tmp_path / "a", *flags, processes=PROCESSES.get(method, 1))
     assert "training 87,552 of 424,128 parameters (20.64%)" in said
     if method == "dpo":
