@@ -18,6 +18,7 @@ import shutil
 import signal
 import sys
 import time
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -642,6 +643,9 @@ def load_model(path: str, args: Arguments, device: torch.device, *, trainable: b
         nf4 = transformers.BitsAndBytesConfig(**nf4, bnb_4bit_compute_dtype=compute_dtype)
         options |= {"quantization_config": nf4, "device_map": {"": device}, "dtype": compute_dtype}
     model = from_pretrained(AutoModelForCausalLM, base or path, args, **options)
+    shapes = [p.quant_state.shape for p in model.parameters() if hasattr(p, "quant_state")]
+    if device.type == "cpu" and any(inputs % 64 for _, inputs in shapes):
+        fail(f"on a CPU, --load_in_4bit needs sizes that are multiples of 64, which those of {path} are not")
     model.original_dropout = dropout  # save_model writes it into the configuration
     model.adapted = bool(base) or (trainable and args.use_peft)
     model.train(trainable).requires_grad_(trainable and not model.adapted)
@@ -686,7 +690,7 @@ def add_adapters(model, path: str | None, args: Arguments, trainable: bool) -> N
     switch_adapter(model, "default")
     model.train(trainable)
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(trainable and "lora_" in name and ".default." in name)
+        parameter.requires_grad_(trainable and "lora_" in name and ".default" in name)
     if trainable:
         trained, total = model.num_parameters(only_trainable=True), model.num_parameters()
         say(f"training {trained:,} of {total:,} parameters ({trained / total:.2%})")
@@ -701,7 +705,7 @@ def add_adapter(model, name: str, path: str | None, args: Arguments) -> None:
         known = {name.split(".")[-2] for name, parameter in model.named_parameters() if parameter.ndim == 2}
         targets = "all-linear" if targets == ["all-linear"] else targets
         if targets != "all-linear" and (unknown := sorted({*targets} - known)):
-            fail(f"--lora_target_modules {unknown[0]}: this model has {', '.join(sorted(known))}")
+            fail(f"--lora_target_modules {unknown[0]}: this model has {' '.join(sorted(known))}")
         options = {"r": args.lora_r, "lora_alpha": args.lora_alpha, "lora_dropout": args.lora_dropout}
         config = peft.LoraConfig(**options, target_modules=targets, task_type="CAUSAL_LM")
         config.base_model_name_or_path = model.name_or_path
@@ -715,11 +719,14 @@ def add_adapter(model, name: str, path: str | None, args: Arguments) -> None:
         config = peft.PeftConfig.from_pretrained(path)
         if config.peft_type != "LORA" or config.bias != "none" or config.modules_to_save:
             raise ValueError("it has other weights than LoRA's matrices")
-        if config.base_model_name_or_path != model.name_or_path:
-            raise ValueError(f"it belongs to {config.base_model_name_or_path}, not to {model.name_or_path}")
+        if os.path.realpath(base := config.base_model_name_or_path) != os.path.realpath(model.name_or_path):
+            raise ValueError(f"it belongs to {base}, not to {model.name_or_path}")
         if name == "reference":
             config.lora_dropout = 0.0  # it runs while the policy is in training mode
-        loaded = model.load_adapter(path, name, peft_config=config)
+        transformers.utils.logging.set_verbosity_error()  # the second adapter's report would miss the first
+        with warnings.catch_warnings(action="ignore"):
+            loaded = model.load_adapter(path, name, peft_config=config)
+        transformers.utils.logging.set_verbosity_warning()
         if loaded.unexpected_keys or any(f".{name}." in key for key in loaded.missing_keys):
             raise ValueError(f"its weights do not fit {model.name_or_path}")
 
@@ -1142,10 +1149,13 @@ def save_model(args: Arguments, policy, tokenizer) -> None:
         # Tied weights are saved under one name.
         weights = {name: w for name, w in weights.items() if name not in policy.all_tied_weights_keys}
         if policy.adapted:  # as peft writes an adapter; the model's own method wants the newest peft
-            weights = {n.replace(".default.", "."): w for n, w in weights.items() if "lora_" in n}
+            weights = {re.sub(r"\.default\b", "", n): w for n, w in weights.items() if "lora_" in n}
             weights = {f"base_model.model.{name}": w.contiguous() for name, w in weights.items()}
             save_file(weights, Path(args.output_dir, "adapter_model.safetensors"), {"format": "pt"})
-            policy.peft_config["default"].save_pretrained(args.output_dir)
+            config = policy.peft_config["default"]
+            if Path(base := config.base_model_name_or_path).is_dir():  # found from everywhere
+                config.base_model_name_or_path = str(Path(base).resolve())
+            config.save_pretrained(args.output_dir)
         else:
             policy.config.update(policy.original_dropout)
             policy.save_pretrained(args.output_dir, state_dict=weights)
@@ -1301,15 +1311,16 @@ def parse(kind: type[Arguments], **toy) -> Arguments:
         (args,) = parser.parse_args_into_dataclasses()
         is_adapter = adapter_base(policy_path(args), args) is not None
         if is_adapter or args.use_peft:
-            learning_rate = parser.get_default("learning_rate")
-            parser.set_defaults(use_peft=True, learning_rate=learning_rate and 10 * learning_rate)
+            # Ten times would be too much for the example's model, of which the adapter is a fifth.
+            rate, factor = parser.get_default("learning_rate"), 10 if given.model_name_or_path else 3
+            parser.set_defaults(use_peft=True, learning_rate=rate and factor * rate)
             (args,) = parser.parse_args_into_dataclasses()
     except ValueError as error:
         fail(str(error))
     if args.load_in_4bit and not args.use_peft:
         fail("weights in 4 bits cannot be trained: --load_in_4bit needs --use_peft")
     if getattr(args, "ref_adapter_name", None) and not is_adapter:
-        fail(f"--ref_adapter_name is for adapters, and {policy_path(args)} is none")
+        fail(f"--ref_adapter_name is for adapters, and {policy_path(args)} is none; see --model_adapter_name")
     lora_flags = [flag for flag in sys.argv if flag.startswith("--lora_")]
     if lora_flags and (is_adapter or not args.use_peft):
         why = f"cannot change the adapter {policy_path(args)}" if is_adapter else "needs --use_peft"

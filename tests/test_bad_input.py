@@ -172,11 +172,12 @@ WRONG = [  # method, flags, what is said
     ("cpo", "--use_peft --lora_r 0", "lora_r must be positive, not 0"),
     ("orpo", "--use_peft --lora_dropout 1.5", "lora_dropout must be below 1"),
     ("orpo", "--load_in_4bit", "weights in 4 bits cannot be trained: --load_in_4bit needs --use_peft"),
+    ("orpo", "--load_in_4bit --use_peft", "on a CPU, --load_in_4bit needs sizes that are multiples of 64"),
     ("xpo", "--use_peft --sync_ref_model", "a reference of LoRA has none of its own"),
     (
         "dpo",
         "--use_peft --lora_target_modules q_proj up",
-        "up: this model has down_proj, embed_tokens, gate_proj",
+        "up: this model has down_proj embed_tokens gate_proj",
     ),
     ("dpo", "--use_peft --ref_adapter_name a", "--ref_adapter_name is for adapters, and"),
     ("dpo", "--use_peft --ref_adapter_name a --ref_model_name_or_path b", "both name the reference"),

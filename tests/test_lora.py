@@ -168,6 +168,21 @@ def test_the_saved_adapter_has_the_trained_log_probabilities_to_the_bit(base, tm
     torch.testing.assert_close(logps(merged), want, rtol=1e-3, atol=1e-4)
 
 
+def test_embeddings_may_have_an_adapter_and_the_base_is_found_from_everywhere(base, tmp_path, monkeypatch):
+    monkeypatch.chdir(base.parent)
+    args = arguments("base", lora_target_modules=["embed_tokens", "q_proj"], output_dir=str(tmp_path))
+    policy = common.load_model("base", args, CPU, trainable=True)
+    with torch.no_grad():
+        for _, parameter in (each for each in policy.named_parameters() if "lora_" in each[0]):
+            parameter.normal_()
+    common.save_model(args, policy, AutoTokenizer.from_pretrained(common.TOY_MODEL))
+    monkeypatch.chdir(tmp_path)
+    assert torch.equal(logps(peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path).eval()), logps(policy))
+    args = arguments(tmp_path)
+    again = common.load_model(str(tmp_path), args, CPU, trainable=True)
+    assert torch.equal(logps(again), logps(policy))
+
+
 def test_training_goes_on_with_an_adapter(tmp_path):
     flags = [*SHORT, "--max_steps", "2"]
     succeed("dpo.py", tmp_path / "a", *flags, "--use_peft", "--lora_dropout", "0.5")
@@ -191,9 +206,9 @@ def test_the_initial_adapter_is_a_function_of_the_seed(base):
 def test_the_learning_rate_of_lora_is_ten_times_as_large(monkeypatch, base, method):
     judge = " --judge tests/conftest.py:tiny" if method == "xpo" else ""
     real = f"--model_name_or_path {base} --dataset_name d{judge}"
-    for flags in ("--max_steps 9", real):
+    for flags, factor in (("--max_steps 9", 3), (real, 10)):
         rate = parse(monkeypatch, method, flags).learning_rate
-        assert parse(monkeypatch, method, f"{flags} --use_peft").learning_rate == pytest.approx(10 * rate)
+        assert parse(monkeypatch, method, f"{flags} --use_peft").learning_rate == pytest.approx(factor * rate)
         assert parse(monkeypatch, method, f"{flags} --use_peft --learning_rate 7e-9").learning_rate == 7e-9
     adapter = real.replace(str(base), str(base.parent / "adapters" / "start"))
     assert parse(monkeypatch, method, adapter).learning_rate == pytest.approx(10 * rate)

@@ -11,7 +11,7 @@ from transformers import pipeline
 
 
 def main(folder: str = "") -> None:
-    if not Path(folder, "config.json").exists():
+    if not any(Path(folder, name).exists() for name in ("config.json", "adapter_config.json")):
         raise SystemExit(f"{folder or '(nothing)'} is not the directory of a trained model\n\n{__doc__}")
     generate, messages = pipeline("text-generation", folder), []
     print("an empty line ends the conversation")

@@ -32,7 +32,8 @@ TOY = {  # name: script and flags
     "XPO": "xpo.py",
     "online DPO (α = 0)": "xpo.py --alpha 0",
 }
-LORA = {name: f"{TOY[name]} --use_peft" for name in ("DPO", "CPO", "SimPO", "AlphaPO", "ORPO", "XPO")}
+LORA = {"DPO": "dpo.py --use_peft", "DPO, lr 1e-4": "dpo.py --use_peft --learning_rate 1e-4"}
+LORA |= {name: f"{TOY[name]} --use_peft" for name in ("SimPO", "XPO", "AlphaPO", "ORPO", "CPO")}
 STORIES = {
     "DPO": "dpo.py --learning_rate 1e-4",
     "CPO": "cpo.py --learning_rate 3e-4",
