@@ -1,7 +1,7 @@
 """Every method, three seeds each, on held-out data: the README's tables.
 
     python tests/bench/quality.py toy          the built-in example: about 20 minutes on two idle cores
-    python tests/bench/quality.py lora         the same with LoRA (rank 16, ten times the learning rate)
+    python tests/bench/quality.py lora         the same with LoRA (rank 16, three times the learning rate)
     python tests/bench/quality.py stories DIR  a real model, DIR/models/stories260K, on DIR/data/stories
 
 Results go to toy.json, lora.json or stories.json beside this file; a run that is there is not run again.
@@ -32,7 +32,7 @@ TOY = {  # name: script and flags
     "XPO": "xpo.py",
     "online DPO (α = 0)": "xpo.py --alpha 0",
 }
-LORA = {"DPO": "dpo.py --use_peft", "DPO, lr 1e-4": "dpo.py --use_peft --learning_rate 1e-4"}
+LORA = {"DPO": "dpo.py --use_peft", "DPO, lr 3e-4": "dpo.py --use_peft --learning_rate 3e-4"}
 LORA |= {name: f"{TOY[name]} --use_peft" for name in ("SimPO", "XPO", "AlphaPO", "ORPO", "CPO")}
 STORIES = {
     "DPO": "dpo.py --learning_rate 1e-4",
