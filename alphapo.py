@@ -197,7 +197,7 @@ class Arguments(common.Arguments):
     beta: float = arg(2.5, "scale of the reward")
     gamma: float = arg(0.1, "target margin of the rewards")
     alpha: float = arg(0.25, "shape of the reward; 0 is SimPO")
-    learning_rate: float = arg(7e-7, "peak learning rate of AdamW")
+    learning_rate: float = arg(7e-7, "peak learning rate of AdamW; with LoRA, ten times the default")
 
     def __post_init__(self):
         super().__post_init__()

@@ -1206,7 +1206,7 @@ class Arguments:
     max_train_samples: int | None = arg(None, "use only so many rows of the training split [all]")
     max_length: int = arg(1024, "tokens of prompt and completion; a longer completion is cut at the end")
     truncate_prompt: bool = arg(False, "cut the beginning of long prompts; otherwise their rows are dropped")
-    learning_rate: float = arg(1e-6, "peak learning rate of AdamW; LoRA's default is ten times as much")
+    learning_rate: float = arg(1e-6, "peak learning rate of AdamW; with LoRA, ten times the default")
     lr_scheduler_type: Literal["linear", "cosine", "constant"] = arg("linear", "decay after the warm-up")
     # --warmup_ratio is TRL's older name.
     warmup_steps: float = arg(0.1, "linear warm-up; below 1: a share", aliases=["--warmup_ratio"])

@@ -382,7 +382,7 @@ class Arguments(common.Arguments):
     alpha: list[float] = arg([1e-5], "weight of the exploration bonus: one value, or one per epoch")
     beta: list[float] = arg([0.1], "strength of the tie to the reference: one value, or one per epoch")
     loss_type: str = arg("sigmoid", "sigmoid (DPO) or ipo")
-    learning_rate: float = arg(5e-7, "peak learning rate of AdamW")
+    learning_rate: float = arg(5e-7, "peak learning rate of AdamW; with LoRA, ten times the default")
     max_length: int = arg(1024, "tokens of prompt and completion: prompts have to leave max_new_tokens")
     missing_eos_penalty: float | None = arg(None, "subtracted from the score of a completion without EOS")
     temperature: float = arg(1.0, "of the samples; 1 is the models' own distribution, as in the paper")
