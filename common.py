@@ -680,10 +680,10 @@ def adapter_base(path: str, args) -> str | None:
 
 
 def add_adapters(model, path: str | None, args: Arguments, trainable: bool) -> None:
-    """Add to a model the adapter in `path`, or a fresh one; and the one that it is to be compared with."""
+    """Add to a model the adapter in `path`, or a fresh one; and the adapter that is the reference, if any."""
     add_adapter(model, "default", path, args)
     # In a method with a reference that is not a model of its own, a policy that started from an adapter is
-    # compared with that adapter, or with another one. Without its fresh adapter, it needs no second one.
+    # compared with a copy of that adapter, or with another one. A fresh adapter is switched off instead.
     has_reference = trainable and hasattr(args, "ref_adapter_name")
     if path and has_reference and not getattr(args, "ref_model_name_or_path", None):
         add_adapter(model, "reference", policy_path(args, args.ref_adapter_name), args)

@@ -233,7 +233,7 @@ class Arguments(common.Arguments):
     alpha: float | None = arg(None, "AlphaPO's α, for every loss type [0; alphapo 0.25]")
     label_smoothing: float = arg(0.0, "ε: fraction of flipped labels")
     learning_rate: float | None = arg(
-        None, "peak learning rate of AdamW [1e-6; alphapo 7e-7; with LoRA, ten times that]"
+        None, "peak learning rate [1e-6; alphapo 7e-7; with LoRA ten times that]"
     )
 
     def __post_init__(self):

@@ -153,9 +153,7 @@ def main(args: Arguments) -> None:
     policy = common.load_model(common.policy_path(args), args, device, trainable=True)
     reference = load_reference(args, device, tokenizer, policy)
     optimizer = common.adamw(policy, args)
-    bco_rewards = torch.zeros(
-        2, dtype=torch.float64
-    )  # BCO: the sum of the steps' mean rewards, and their number
+    bco_rewards = torch.zeros(2, dtype=torch.float64)  # BCO: sum of mean rewards, and number of steps
     method_state = {"bco_rewards": bco_rewards}
     if args.sync_ref_model:
         with reference() as model:
@@ -433,7 +431,7 @@ def in_both_answers(batch: Batch) -> Tensor:
 
 def load_reference(args: Arguments, device: torch.device, tokenizer, policy):
     """The model that the policy is compared with; by default the policy as it is before training."""
-    # `with reference() as model:` gives the model. With LoRA, it is the policy without its adapter.
+    # `with reference() as model:` gives it. With LoRA it is the policy itself, as it was before training.
     path = args.ref_model_name_or_path
     if path and common.load_tokenizer(path, args).get_vocab() != tokenizer.get_vocab():
         common.fail(f"the reference {path} has another vocabulary than {args.model_name_or_path}")
@@ -492,9 +490,7 @@ class Arguments(common.Arguments):
     use_weighting: bool = arg(False, "weight pairs by their probability under the policy (WPO, 2406.11827)")
     ld_alpha: float | None = arg(None, "weight of tokens past the shorter answer's end (LD-DPO, 2409.06411)")
     ref_model_name_or_path: str | None = arg(None, "the reference [the policy as it is before training]")
-    ref_adapter_name: str | None = arg(
-        None, "the reference: the adapter in this folder of model_name_or_path"
-    )
+    ref_adapter_name: str | None = arg(None, "the reference: an adapter in a folder of model_name_or_path")
     precompute_ref_log_probs: bool = arg(False, "compute those of the reference first, then free it")
     sync_ref_model: bool = arg(False, "let the reference follow the policy (TR-DPO, 2404.09656)")
     ref_model_sync_steps: int = arg(512, "steps between updates of the reference")

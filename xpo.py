@@ -389,9 +389,7 @@ class Arguments(common.Arguments):
     top_p: float = arg(1.0, "sample from the smallest set of tokens with this total probability")
     top_k: int = arg(0, "sample from the k likeliest tokens; 0: from all")
     min_p: float | None = arg(None, "sample from tokens at least this fraction as likely as the likeliest")
-    ref_adapter_name: str | None = arg(
-        None, "the reference: the adapter in this folder of model_name_or_path"
-    )
+    ref_adapter_name: str | None = arg(None, "the reference: an adapter in a folder of model_name_or_path")
     sync_ref_model: bool = arg(False, "let the reference follow the policy (TR-DPO, 2404.09656)")
     ref_model_sync_steps: int = arg(512, "steps between updates of the reference")
     ref_model_mixup_alpha: float = arg(0.6, "share of the policy in the updated reference")
