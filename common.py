@@ -1310,13 +1310,14 @@ def parse(kind: type[Arguments], **toy) -> Arguments:
     try:
         (args,) = parser.parse_args_into_dataclasses()
         is_adapter = adapter_base(policy_path(args), args) is not None
-        if is_adapter or args.use_peft:
-            # Ten times would be too much for the example's model, of which the adapter is a fifth.
-            rate, factor = parser.get_default("learning_rate"), 10 if given.model_name_or_path else 3
-            parser.set_defaults(use_peft=True, learning_rate=rate and factor * rate)
+        if is_adapter:
+            parser.set_defaults(use_peft=True)
             (args,) = parser.parse_args_into_dataclasses()
     except ValueError as error:
         fail(str(error))
+    if args.use_peft and not any(text.startswith("--learning_rate") for text in sys.argv):
+        # Ten times would be too much for the example's model, of which the adapter is a fifth.
+        args.learning_rate *= 10 if given.model_name_or_path else 3
     if args.load_in_4bit and not args.use_peft:
         fail("weights in 4 bits cannot be trained: --load_in_4bit needs --use_peft")
     if getattr(args, "ref_adapter_name", None) and not is_adapter:

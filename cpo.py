@@ -241,9 +241,7 @@ class Arguments(common.Arguments):
         for name, default in DEFAULTS.get(self.loss_type, OTHERS).items():
             if getattr(self, name) is None:
                 is_toy = self.model_name_or_path == TOY_MODEL
-                if name == "learning_rate":
-                    default = default[is_toy] * ((3 if is_toy else 10) if self.use_peft else 1)
-                setattr(self, name, default)
+                setattr(self, name, default[is_toy] if name == "learning_rate" else default)
         # Dry run: let cpo_loss check the options before anything is loaded.
         options = {"beta": self.beta, "loss_type": self.loss_type, "label_smoothing": self.label_smoothing}
         cpo_loss(*torch.zeros(2, 1), **options, simpo_gamma=self.simpo_gamma, alpha=self.alpha)
