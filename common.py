@@ -30,6 +30,7 @@ from types import MethodType, SimpleNamespace
 from typing import Literal, NamedTuple, NoReturn, TextIO, get_origin
 
 import datasets
+import filelock
 import huggingface_hub
 import numpy as np
 import pyarrow.compute as pc
@@ -1021,8 +1022,8 @@ MAY_CHANGE = """output_dir overwrite_output_dir dataset_num_proc logging_steps r
 # What overwrite_output_dir deletes; run.json last, because it tells that the rest belongs to a run.
 WRITTEN = """checkpoints metrics.jsonl completions.jsonl reference_logps_* events.out.* *model*.safetensors
     model.safetensors.index.json adapter_config.json run.json""".split()
+LOCKS = []  # held until the process ends; a notebook, which is one process, may start a run again
 LAUNCH = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None  # the same after a restart by torchrun
-LOCKS: dict[Path, int] = {}  # kept open until the process ends; a notebook may start a run again
 
 
 def write_run(args: Arguments, *, finished: bool) -> None:
@@ -1062,14 +1063,10 @@ def claim_output_dir(args: Arguments) -> None:
     if dist.get_rank() == 0:
         folder.mkdir(parents=True, exist_ok=True)
         try:
-            import fcntl  # Windows has none
-
-            LOCKS[folder] = LOCKS.get(folder) or os.open(folder, os.O_RDONLY)
-            fcntl.flock(LOCKS[folder], fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            LOCKS.append(filelock.FileLock(folder / ".lock", is_singleton=True))
+            LOCKS[-1].acquire(blocking=False)
+        except filelock.Timeout:
             is_free = False
-        except (ImportError, OSError):
-            say(f"there are no file locks here: take care that no second run uses {folder}")
     if not from_rank_0(is_free):
         fail(f"another run is running in {args.output_dir}")
     if dist.get_rank() == 0:
@@ -1307,12 +1304,10 @@ def parse(kind: type[Arguments], **toy) -> Arguments:
         fail("--model_name_or_path and --dataset_name go together (with neither, the built-in example runs)")
     if not given.model_name_or_path:
         parser.set_defaults(**TOY | toy | ({"batch_size": None} if given.gradient_accumulation_steps else {}))
+    is_adapter = bool(given.model_name_or_path and adapter_base(policy_path(given), given))
+    parser.set_defaults(use_peft=is_adapter)
     try:
         (args,) = parser.parse_args_into_dataclasses()
-        is_adapter = adapter_base(policy_path(args), args) is not None
-        if is_adapter:
-            parser.set_defaults(use_peft=True)
-            (args,) = parser.parse_args_into_dataclasses()
     except ValueError as error:
         fail(str(error))
     if args.use_peft and not any(text.startswith("--learning_rate") for text in sys.argv):

@@ -2,7 +2,6 @@
 
 import json
 import re
-import sys
 from pathlib import Path
 
 import datasets
@@ -326,12 +325,6 @@ def test_another_run_is_told_apart_by_three_differences_and_both_ways_out(tmp_pa
     assert "another --output_dir" in said and "--overwrite_output_dir" in said
     with pytest.raises(SystemExit, match="beta 0.1 \\(now 0.2\\); choose"):
         common.check_output_dir(dpo.Arguments(**args, beta=0.2))
-
-
-def test_without_file_locks_a_run_says_so_and_goes_on(tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "fcntl", None)  # as on Windows
-    common.claim_output_dir(dpo.Arguments("m", dataset_name="d", output_dir=str(tmp_path / "out")))
-    assert "no file locks" in capsys.readouterr().out and (tmp_path / "out" / "run.json").exists()
 
 
 # ------------------------------------------------------------------------------------------------ the console
