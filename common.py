@@ -241,6 +241,7 @@ TEST_SPLITS = ["test", "validation", "valid", "dev", "eval", "test_prefs", "test
 # What to do about a column that is there while one that is needed is missing.
 COLUMN_HINTS = {"label": "labels of single completions, as for KTO, are not supported"}
 COLUMN_HINTS |= {"conversations": "ShareGPT's from and value have to become role and content"}
+COLUMN_HINTS |= {"messages": "preferences need two completions, and messages are one conversation"}
 LIKELY_PROMPTS = ["question", "input", "instruction", "query"]
 COLUMN_HINTS |= {x: f"if {x} is the prompt, add --rename_columns {x}=prompt" for x in LIKELY_PROMPTS}
 NO_PROMPT = "there is no prompt"
@@ -506,10 +507,11 @@ def global_batches(data: Data, args: Arguments) -> np.ndarray:
     size = min(args.batch_size, rows // world * world)
     if not size:
         fail(f"{world} processes need at least {world} rows; there are {rows}")
-    if size < args.batch_size:
-        say(f"a step takes {size} pairs, not batch_size {args.batch_size}, because there are no more")
     per_epoch = rows // size
     steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * per_epoch - 1e-9)
+    why = f", not batch_size {args.batch_size}, because there are no more" if size < args.batch_size else ""
+    few = "; so few change little: see --num_train_epochs and --batch_size" if steps < 20 else ""
+    say(f"training: steps of {size} rows{why}; {steps} steps{few}")
     for epoch in range(math.ceil(steps / per_epoch)):
         order = np.random.default_rng((args.seed, epoch)).permutation(rows)[: per_epoch * size]
         order = order.reshape(per_epoch, size)

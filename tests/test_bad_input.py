@@ -164,6 +164,7 @@ WRONG = [  # method, flags, what is said
         "found conversations, chosen, rejected; ShareGPT's from and value have to",
     ),
     ("cpo", "{model} {dir}/from.jsonl", "chosen is {'from': 'gpt'"),
+    ("cpo", "{model} {dir}/messages.jsonl", "found messages; preferences need two completions"),
     ("dpo", "{model} {dir}/missing.csv", "no rows of the train split are left: rejected is empty"),
     ("dpo", "--loss_type simpo", "loss_type simpo is in cpo.py"),
     ("dpo", "--loss_type sigmoid orpo", "loss_type orpo is in orpo.py"),
@@ -264,6 +265,7 @@ def wrong(tmp_path_factory) -> Path:
     rows |= {
         "orca": {"system": "s", "question": "1", "chosen": "one", "rejected": "two"},
         "kto": {"prompt": "1", "completion": "one", "label": True},
+        "messages": {"messages": [{"role": "user", "content": "1"}]},
         "sharegpt": {"conversations": [{"from": "human", "value": "1"}], "chosen": "one", "rejected": "two"},
         "from": {
             "prompt": "1",

@@ -90,9 +90,11 @@ def test_only_some_rows_for_a_first_try(tmp_path):
 def test_a_batch_has_no_more_pairs_than_there_are(tmp_path, capsys):
     train, _ = load(write(tmp_path / "pairs.jsonl", numbered(5)))
     batches = common.global_batches(train, Arguments(batch_size=64, num_train_epochs=3))
-    assert batches.shape == (3, 5) and "a step takes 5 pairs, not batch_size 64" in capsys.readouterr().out
-    assert common.global_batches(train, Arguments(batch_size=5)).shape == (1, 5)
-    assert "a step takes" not in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert batches.shape == (3, 5) and "steps of 5 rows, not batch_size 64, because" in said
+    assert "3 steps; so few change little" in said
+    assert common.global_batches(train, Arguments(batch_size=5, max_steps=20)).shape == (20, 5)
+    assert "steps of 5 rows; 20 steps\n" in capsys.readouterr().out
 
 
 def test_all_processes_get_equally_many_of_few_rows(tmp_path, monkeypatch):
@@ -383,7 +385,7 @@ def test_a_batch_that_shrank_is_resumed_with_what_was_asked_for(tmp_path):
     path = write(tmp_path / "pairs.jsonl", numbered(5))
     flags = ["--model_name_or_path", common.TOY_MODEL, "--dataset_name", str(path), "--eval_strategy", "no"]
     said = succeed("orpo.py", tmp_path / "out", *flags, "--max_steps", "2")
-    assert "a step takes 5 pairs, not batch_size 64" in said
+    assert "steps of 5 rows, not batch_size 64" in said
     assert json.loads((tmp_path / "out" / "run.json").read_text())["batch_size"] == 64
     assert "finished already" in succeed("orpo.py", tmp_path / "out", *flags, "--max_steps", "2")
     result = run("orpo.py", tmp_path / "out", *flags, "--max_steps", "2", "--batch_size", "5")

@@ -33,9 +33,12 @@ TOY = {  # name: script and flags
     "online DPO (α = 0)": "xpo.py --alpha 0",
 }
 LORA = {"DPO": "dpo.py --use_peft", "DPO, lr 3e-4": "dpo.py --use_peft --learning_rate 3e-4"}
+LORA |= {f"DPO, rank {r}": f"dpo.py --use_peft --lora_r {r} --lora_alpha {2 * r}" for r in (4, 64)}
 LORA |= {name: f"{TOY[name]} --use_peft" for name in ("SimPO", "XPO", "AlphaPO", "ORPO", "CPO")}
 STORIES = {
     "DPO": "dpo.py --learning_rate 1e-4",
+    "DPO, LoRA, lr 3e-4": "dpo.py --use_peft --learning_rate 3e-4",
+    "DPO, LoRA, lr 1e-3": "dpo.py --use_peft --learning_rate 1e-3",
     "CPO": "cpo.py --learning_rate 3e-4",
     "SimPO": "cpo.py --loss_type simpo --learning_rate 1e-4",
     "AlphaPO": "alphapo.py --learning_rate 1e-4",
