@@ -14,6 +14,7 @@ import math
 import os
 import re
 import reprlib
+import shlex
 import shutil
 import signal
 import sys
@@ -1159,6 +1160,7 @@ def save_model(args: Arguments, policy, tokenizer) -> None:
             policy.config.update(policy.original_dropout)
             policy.save_pretrained(args.output_dir, state_dict=weights)
         tokenizer.save_pretrained(args.output_dir)
+        write_model_card(args)
         if args.push_to_hub:
             hub, name = huggingface_hub.HfApi(), args.hub_model_id or Path(args.output_dir).name
             name = hub.create_repo(name, exist_ok=True).repo_id
@@ -1167,6 +1169,25 @@ def save_model(args: Arguments, policy, tokenizer) -> None:
         write_run(args, finished=True)
         say(FINISHED.replace("DIR", args.output_dir))
     dist.barrier()
+
+
+def write_model_card(args: Arguments) -> None:
+    """Write README.md, which the Hub shows: the model's base, data, method, command and held-out metrics."""
+    path, method = Path(args.output_dir, "README.md"), Path(sys.argv[0]).stem
+    if path.exists() and "preference-optimization" not in path.read_text():
+        return  # it is not ours
+    facts = {"library_name": "peft" if args.use_peft else "transformers", "pipeline_tag": "text-generation"}
+    base, data = args.model_name_or_path, args.dataset_name
+    facts |= {} if Path(base).exists() else {"base_model": base}  # the Hub wants names that it knows
+    facts |= {} if Path(data).exists() else {"datasets": [data]}
+    card = huggingface_hub.ModelCardData(**facts, tags=[method, "preference-optimization"])
+    files = Path(args.output_dir).glob("metrics.jsonl")
+    metrics = [json.loads(line) for file in files for line in file.open()]
+    held_out = [row for row in metrics if any(name.startswith("eval_") for name in row)][-1:]
+    text = [f"{base} trained with {method} on {data}.", "", f"    {shlex.join(sys.argv)}", ""]
+    text += ["| held-out metric | value |", "|---|---|"] if held_out else []
+    text += [f"| {name} | {value} |" for row in held_out for name, value in row.items()]
+    path.write_text("\n".join(["---", card.to_yaml(), "---", "", *text, ""]))
 
 
 # -------------------------------------------------------------------------------------------------- arguments

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import torch
 from conftest import tiny
@@ -14,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import common
 import dpo
-from common import TOY_MODEL
+from common import TOY_DATA, TOY_MODEL
 
 
 def saved(tmp_path, kind: str, **changes):
@@ -53,6 +54,25 @@ def test_dropout_is_off_in_training_and_as_it_was_in_what_is_saved(tmp_path):
     assert policy.training and torch.equal(policy(ids).logits, policy(ids).logits)
     common.save_model(args, policy, tokenizer)
     assert json.loads((tmp_path / "after" / "config.json").read_text())["attn_pdrop"] == 0.5
+
+
+def test_the_model_card_says_what_was_trained_and_how_well(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["/here/dpo.py", "--beta", "0.2"])
+    names = {"model_name_or_path": "org/base", "dataset_name": TOY_DATA}
+    args = dpo.Arguments(**names, output_dir=str(tmp_path))
+    lines = [{"step": 0, "eval_loss": 0.7}, {"step": 5, "eval_loss": 0.25}, {"step": 6, "loss": 0.1}]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    common.write_model_card(args)
+    card = huggingface_hub.ModelCard.load(tmp_path / "README.md")
+    assert card.data.base_model == "org/base" and card.data.datasets is None  # a file is no name of the Hub
+    assert card.data.library_name == "transformers" and "dpo" in card.data.tags
+    assert "| eval_loss | 0.25 |" in card.text and "0.7" not in card.text and "dpo.py --beta 0.2" in card.text
+    args.model_name_or_path = "other"
+    common.write_model_card(args)
+    assert "other trained with dpo" in (tmp_path / "README.md").read_text()
+    (tmp_path / "README.md").write_text("mine")
+    common.write_model_card(args)
+    assert (tmp_path / "README.md").read_text() == "mine"
 
 
 def test_upload(tmp_path, monkeypatch):
