@@ -91,22 +91,34 @@ def cell(found: list[dict], metric: str) -> str:
     return f"{mean(values):.{digits}f}{spread}" if values else ""
 
 
+METHODS = {"choose": CHOOSE, "toy": TOY, "lora": LORA, "stories": STORIES}
+
+
+def table(data: str) -> list[str]:
+    """The lines of a table, from the .json: mean and standard deviation over the seeds."""
+    runs, methods = json.loads((HERE / f"{data}.json").read_text())["runs"], METHODS[data]
+    seeds, first = SEEDS[:1] if data == "choose" else SEEDS, next(iter(methods.values()))
+    rows = {"before training": [runs[f"{first} --seed {seed}"]["before"] for seed in seeds]}
+    for name, command in methods.items():
+        rows[name] = [runs[f"{command} --seed {seed}"]["after"] for seed in seeds]
+    shown = [metric for metric in COLUMNS if any(cell(found, metric) for found in rows.values())]
+    lines = [f"| method | {' | '.join(COLUMNS[metric][0] for metric in shown)} |"]
+    lines += [f"|{'---|' * (len(shown) + 1)}"]
+    for name, found in rows.items():
+        lines += [f"| {name} | {' | '.join(cell(found, metric) for metric in shown)} |"]
+    return lines
+
+
 def main(data: str, folder: str = "") -> None:
     flags = []
     if data == "stories":
-        flags = [
-            "--model_name_or_path",
-            f"{folder}/models/stories260K",
-            "--dataset_name",
-            f"{folder}/data/stories",
-        ]
-        flags += STORIES_FLAGS.split()
-    methods = {"choose": CHOOSE, "toy": TOY, "lora": LORA, "stories": STORIES}[data]
+        flags = ["--model_name_or_path", f"{folder}/models/stories260K"]
+        flags += ["--dataset_name", f"{folder}/data/stories", *STORIES_FLAGS.split()]
     path, seeds = HERE / f"{data}.json", SEEDS[:1] if data == "choose" else SEEDS
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
     versions = {"torch": torch.__version__, "transformers": transformers.__version__, "device": "2 CPU cores"}
     results = json.loads(path.read_text()) if path.exists() else {"versions": versions, "runs": {}}
-    for command in methods.values():
+    for command in METHODS[data].values():
         for seed in seeds:
             key = f"{command} --seed {seed}"
             if key not in results["runs"]:
@@ -114,18 +126,7 @@ def main(data: str, folder: str = "") -> None:
                 results["runs"][key] = found | {"commit": commit.stdout.strip()}
                 path.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n")
                 print(key, {name: found["after"].get(f"eval_{name}") for name in COLUMNS}, flush=True)
-    runs, first = results["runs"], next(iter(methods.values()))
-    rows = {"before training": [runs[f"{first} --seed {seed}"]["before"] for seed in seeds]}
-    rows |= {
-        name: [runs[f"{command} --seed {seed}"]["after"] for seed in seeds]
-        for name, command in methods.items()
-    }
-    shown = [metric for metric in COLUMNS if any(cell(found, metric) for found in rows.values())]
-    print(
-        f"\n| method | {' | '.join(COLUMNS[metric][0] for metric in shown)} |\n|{'---|' * (len(shown) + 1)}"
-    )
-    for name, found in rows.items():
-        print(f"| {name} | {' | '.join(cell(found, metric) for metric in shown)} |")
+    print("", *table(data), sep="\n")
 
 
 if __name__ == "__main__":
