@@ -12,7 +12,7 @@ PANELS = {  # title: metrics
     "loss": ["loss"],
     "margin": ["rewards/margins"],
     "accuracy": ["rewards/accuracies"],
-    "log π(chosen) and, dashed, log π(rejected)": ["logps/chosen", "logps/rejected"],
+    "log π(chosen) and, dotted, log π(rejected)": ["logps/chosen", "logps/rejected"],
 }
 
 
