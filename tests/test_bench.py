@@ -1,0 +1,168 @@
+"""tests/bench/make_stories.py, on random models of ten words."""
+
+import json
+import random
+import re
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from conftest import ROOT
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+WORDS = ["Ann", "Ben", "Lily", "Tom", "Sue", "Sam", "Max", "."]
+VOCABULARY = {word: i for i, word in enumerate(["<s>", "</s>", *(f"▁{word}" for word in WORDS[:-1]), "."])}
+
+
+@pytest.fixture
+def world(tmp_path, monkeypatch):
+    """A folder with a model, and with texts of five sentences, of which some begin alike."""
+    core = Tokenizer(models.WordLevel(VOCABULARY, unk_token="</s>"))
+    split = pre_tokenizers.Split(".", "isolated")
+    core.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.Metaspace(prepend_scheme="first")])
+    core.decoder = decoders.Metaspace()  # takes the first space away, as Llama's does
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>")
+    tokenizer.save_pretrained(tmp_path / "model")
+    torch.manual_seed(0)
+    sizes = dict(vocab_size=len(VOCABULARY), hidden_size=16, intermediate_size=16, num_hidden_layers=2)
+    config = LlamaConfig(
+        **sizes, num_attention_heads=2, initializer_range=0.5, bos_token_id=0, eos_token_id=1
+    )
+    model = LlamaForCausalLM(config)
+    model.lm_head.weight.data[:2] = 0  # rarely an end
+    model.generation_config.update(top_k=1, do_sample=True)  # which must not count
+    model.save_pretrained(tmp_path / "model")
+    rng = random.Random(0)
+    texts = [
+        " ".join(f"{' '.join(rng.choices(WORDS[:-1], k=rng.randint(1, 4)))}." for _ in range(5))
+        for _ in range(120)
+    ]
+    (tmp_path / "texts.txt").write_text("\n".join(["Too. Short.", *texts, *texts[:9]]))
+    monkeypatch.chdir(tmp_path)
+    verbosity = transformers.utils.logging.get_verbosity()
+    yield texts
+    transformers.utils.logging.set_verbosity(verbosity)
+
+
+def make(
+    monkeypatch, out: str, flags: str = "", texts: str = "texts.txt", model: str = "model"
+) -> list[list]:
+    """The rows of train.jsonl and of test.jsonl."""
+    monkeypatch.setattr(sys, "argv", ["make_stories.py", model, texts, out, *flags.split()])
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    runpy.run_path(str(ROOT / "tests/bench/make_stories.py"), run_name="__main__")
+    files = [Path(out, f"{name}.jsonl").read_text().splitlines() for name in ("train", "test")]
+    return [[json.loads(line) for line in lines] for lines in files]
+
+
+def samples(splits: list[list]) -> dict[str, str]:
+    return {row["prompt"]: row["rejected"] for rows in splits for row in rows}
+
+
+def test_pairs_are_from_texts_and_no_text_is_in_both_splits(world, monkeypatch, capsys):
+    train, test = make(monkeypatch, "out", "--test_share 0.2")
+    found = []  # by split, the texts that its pairs are from
+    for rows in (train, test):
+        found.append(set())
+        for row in rows:
+            assert list(row) == ["prompt", "chosen", "rejected"] and row["chosen"] != row["rejected"]
+            assert [row[x].count(".") for x in ("prompt", "chosen")] == [2, 2]
+            assert (
+                row["rejected"][0] in " ." and row["rejected"][-1] == "." and row["rejected"].count(".") >= 1
+            )
+            found[-1] |= {text for text in world if text.startswith(row["prompt"] + row["chosen"])}
+        assert len(found[-1]) >= len(rows)
+    assert not found[0] & found[1] and len(test) == round(0.2 * (len(train) + len(test)))
+    line = capsys.readouterr().out.splitlines()[-1]
+    assert line.startswith(
+        f"out: {len(train)} pairs in train.jsonl, {len(test)} in test.jsonl; texts left out: "
+    )
+    counts = [int(count) for count in re.findall(r"(\d+) w", line)]
+    assert "1 with too few sentences, " in line and sum(counts) + len(train) + len(test) == len(world) + 10
+
+
+def test_a_seed_gives_the_same_files_and_another_one_other_samples(world, monkeypatch):
+    one, same, other = (
+        make(monkeypatch, f"{i}", f"--seed {seed} --pairs 30") for i, seed in enumerate([1, 1, 2])
+    )
+    assert one == same and [len(rows) for rows in one] == [27, 3]
+    one, other = samples(one[::-1]), samples(other[::-1])  # in the order in which they were made
+    both = [prompt for prompt in one if prompt in other]
+    assert both and both != [prompt for prompt in other if prompt in one]
+    assert sum(one[prompt] == other[prompt] for prompt in both) < len(both) / 2
+
+
+def test_padding_does_not_change_samples(world, monkeypatch):
+    """At a temperature of almost 0, when samples are no draws."""
+    alone, together = (
+        samples(make(monkeypatch, size, f"--temperature 1e-4 --max_new_tokens 20 --batch_size {size}"))
+        for size in ("1", "64")
+    )
+    assert alone == together and len({*alone.values()}) > 5
+
+
+def test_a_sample_ends_where_the_model_begins_another_text(world, monkeypatch):
+    model = LlamaForCausalLM.from_pretrained("model")
+    for layer in model.model.layers:  # take the layers out: a token alone decides about the next one
+        torch.nn.init.zeros_(layer.self_attn.o_proj.weight)
+        torch.nn.init.zeros_(layer.mlp.down_proj.weight)
+    stop, word, bos = (VOCABULARY[x] for x in (".", "▁Ann", "<s>"))
+    embed, head = model.model.embed_tokens.weight.data, model.lm_head.weight.data
+    embed[:] = torch.eye(*embed.shape)
+    head.zero_()
+    head[stop, word] = head[word, bos] = 20.0  # logits of the next token, by this one
+    head[word, stop], head[bos, stop] = 20.0, 20.0  # half of the time, " Ann" or another text follows
+    model.save_pretrained("chain")
+    AutoTokenizer.from_pretrained("model").save_pretrained("chain")
+    found = samples(make(monkeypatch, "out", model="chain"))
+    assert {*found.values()} == {" Ann.", " Ann. Ann."}
+    shares = [sum(x == sample for x in found.values()) / len(found) for sample in (" Ann.", " Ann. Ann.")]
+    assert abs(shares[0] - 0.5) < 0.3  # without an end it would be 0
+
+
+def test_formats_of_texts(world, monkeypatch):
+    Path("stories.txt").write_text("".join(f"{text}\n<|endoftext|>\n" for text in world))
+    Path("lines.txt").write_text("".join(f"{text}\n" for text in world))
+    Path("rows.jsonl").write_text("".join(json.dumps({"text": text, "n": 1}) + "\n" for text in world))
+    one, two, three = (
+        make(monkeypatch, f"{x}-out", texts=x) for x in ("stories.txt", "lines.txt", "rows.jsonl")
+    )
+    assert one == two == three
+    Path("breaks.txt").write_text("\n<|endoftext|>\n".join(text.replace(". ", ".\n") for text in world))
+    chosen = [row["chosen"] for rows in make(monkeypatch, "breaks-out", texts="breaks.txt") for row in rows]
+    assert chosen and all(text[0] == "\n" and text.count("\n") == 2 for text in chosen)
+
+
+def test_sentences():
+    end = runpy.run_path(str(ROOT / "tests/bench/make_stories.py"))["END"]
+    parts = ['"Stop!" said Mr. Lee.', " He had 3.5 cats.", ' "Why?"', "\n\n(No.)", " Oh..."]
+    ends = [match.end() for match in end.finditer("".join(parts))]
+    assert ends == [sum(map(len, parts[: i + 1])) for i in range(len(parts))]
+    assert not list(end.finditer('Mr. Lee said, "Hi! and')) and not list(end.finditer("Mrs."))
+
+
+@pytest.mark.parametrize(
+    "what, message",
+    [
+        ({"texts": "none.txt"}, "cannot read none.txt: .*No such file"),
+        ({"texts": "short.txt"}, "short.txt: 0 of 1 texts have enough sentences"),
+        ({"texts": "other.jsonl"}, "cannot read other.jsonl: .*text"),
+        ({"model": "none/such"}, "cannot load none/such: "),
+        ({"out": "full"}, "full has a train.jsonl already"),
+        ({"out": "texts.txt"}, "cannot write to texts.txt: "),
+        ({"flags": "--pairs 1"}, "numbers have to be "),
+    ],
+)
+def test_bad_input_is_one_line(world, monkeypatch, what, message):
+    Path("full").mkdir()
+    Path("full/train.jsonl").write_text("kept")
+    Path("short.txt").write_text("One. Two.")
+    Path("other.jsonl").write_text('{"story": "One. Two. Three. Four."}\n')
+    with pytest.raises(SystemExit, match=f"^error: {message}.*$") as found:  # . is no line break
+        make(monkeypatch, **{"out": "out"} | what)
+    assert "\n" not in str(found.value) and not Path("out").exists()
+    assert Path("full/train.jsonl").read_text() == "kept"
