@@ -45,7 +45,6 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils._pytree import tree_map_only
-from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, AutoModelForCausalLM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -96,39 +95,32 @@ def label_logps(logits: Tensor, labels: Tensor) -> Tensor:
     return logps.gather(-1, labels.unsqueeze(-1)).squeeze(-1)
 
 
-# At most this many tokens, and this many logits, go through the head at once.
-CHUNK_TOKENS, CHUNK_LOGITS = 1024, 2**26
-
-
 def token_logps(model, batch: Batch, *, of: Callable[[Tensor, Tensor], Tensor] = label_logps) -> Tensor:
     """What plain_token_logps returns, for less time and memory. Scripts call it as model.token_logps(batch).
 
-    The packed forward pass saves the padding and the second pass over each prompt (next section), and does
-    not keep the logits: it applies the head to one chunk of tokens at a time, and again in the backward pass.
-    `of` maps logits (N, V) and labels (N,) to (N,) or (N, k); the result is (2B, L) or (2B, L, k).
+    The packed forward pass saves the padding and the second pass over each prompt, and ChunkedHead does not
+    keep the logits (next section). `of` maps logits (N, V) and labels (N,) to (N,) or (N, k); the result is
+    (2B, L) or (2B, L, k).
     """
     rows, columns = batch.padded_index  # of the N labels that are scored
+    weight = bias = None
     if model.forward_pass == "packed":
         outputs = model.get_decoder()(**batch.packed_inputs, spans=batch.spans, use_cache=False)
-        hidden, head = outputs.last_hidden_state[0, batch.packed_index], partial(logits_of, model)  # (N, D)
+        hidden = outputs.last_hidden_state[0, batch.packed_index] * logit_scale(model)  # (N, D)
+        weight, bias = (getattr(model.get_output_embeddings(), name) for name in ("weight", "bias"))
     else:  # padded. model.forward, not model(...): FSDP's hooks have already run for this method
         outputs = model.forward(**batch.inputs, use_cache=False)
-        hidden, head = outputs.logits[rows, columns], lambda logits: logits
+        hidden = outputs.logits[rows, columns]  # (N, V): the head has run already
         model.router_loss = outputs.get("aux_loss")
-
-    size = max(1, min(CHUNK_TOKENS, CHUNK_LOGITS // model.config.get_text_config().vocab_size))
-    chunks = zip(hidden.split(size), batch.labels[rows, columns].split(size), strict=True)
-    recompute = {"use_reentrant": False, "preserve_rng_state": False}  # the logits, in the backward pass
-    values = [checkpoint(lambda h, labels: of(head(h), labels), *chunk, **recompute) for chunk in chunks]
-    values = torch.cat(values)  # (N,) or (N, k)
+    values = ChunkedHead.apply(hidden, weight, bias, batch.labels[rows, columns], of)  # (N,) or (N, k)
     return values.new_zeros(*batch.labels.shape, *values.shape[1:]).index_put((rows, columns), values)
 
 
-def logits_of(model, hidden: Tensor) -> Tensor:
-    """The model's logits (N, V) of its last hidden states (N, D)."""
+def logit_scale(model) -> float:
+    """The factor that some models apply to their last hidden states or logits."""
     config = model.config.get_text_config()
     scale, divisor = (getattr(config, name, None) or 1.0 for name in ("logit_scale", "logits_scaling"))
-    return model.get_output_embeddings()(hidden * (scale / divisor))  # Cohere has a scale, Granite a divisor
+    return scale / divisor  # Cohere has a scale, Granite a divisor
 
 
 def collate(examples: list[tuple], device: torch.device, *, score_prompts: bool = False, **counts) -> Batch:
@@ -203,6 +195,59 @@ def packed_attention(module, query, key, value, mask, *, spans=None, **options):
                 parts = [(x[:, :, start:chosen], x[:, :, begin:end]) for x in (query, key, value)]
                 results.append(causal(*(torch.cat(part, dim=2) for part in parts))[:, chosen - start :])
     return torch.cat(results, dim=1), None
+
+
+# At most this many tokens, and this many logits, go through the head at once.
+CHUNK_TOKENS, CHUNK_LOGITS = 1024, 2**26
+
+
+class ChunkedHead(torch.autograd.Function):
+    """of(logits, labels): logits (N, V) are hidden @ weight.T + bias, or without a weight `hidden` itself.
+
+    The logits of a chunk of tokens are made when they are needed, and again in the backward pass, so they are
+    never all in memory. They are in float32, and so is the sum of the weight's gradient over chunks: in
+    bfloat16, rounding would change a log-probability by about 0.01, and the gradient by about 1%.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden: Tensor, weight: Tensor | None, bias: Tensor | None, labels: Tensor, of):
+        vocabulary = hidden.shape[1] if weight is None else len(weight)
+        ctx.size, ctx.of = max(1, min(CHUNK_TOKENS, CHUNK_LOGITS // vocabulary)), of
+        ctx.save_for_backward(hidden, weight, bias, labels)
+        chunks = zip(hidden.split(ctx.size), labels.split(ctx.size), strict=True)
+        return torch.cat([of(logits_of(h, weight, bias), y) for h, y in chunks])
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple:
+        hidden, weight, bias, labels = ctx.saved_tensors
+        dtype, hidden_grad = torch.promote_types(hidden.dtype, torch.float32), torch.empty_like(hidden)
+        weight_grad = torch.zeros_like(weight, dtype=dtype) if ctx.needs_input_grad[1] else None
+        bias_grad = torch.zeros_like(bias, dtype=dtype) if ctx.needs_input_grad[2] else None
+        chunks = zip(*(x.split(ctx.size) for x in (hidden, hidden_grad, labels, grad)), strict=True)
+        for h, h_grad, y, values_grad in chunks:
+            logits = logits_of(h, weight, bias).detach().requires_grad_()
+            with torch.enable_grad():
+                values = ctx.of(logits, y)
+            logits_grad = torch.autograd.grad(values, logits, values_grad)[0].to(h.dtype)
+            h_grad.copy_(logits_grad if weight is None else logits_grad @ weight)
+            if weight_grad is not None:
+                weight_grad += wide_product(logits_grad.T, h)
+            if bias_grad is not None:
+                bias_grad += logits_grad.sum(0)
+        return hidden_grad, weight_grad, bias_grad, None, None
+
+
+def logits_of(hidden: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    logits = hidden if weight is None else wide_product(hidden, weight.T)
+    return logits if bias is None else logits + bias
+
+
+def wide_product(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b in float32 or better: products of bfloat16 are not rounded to bfloat16."""
+    dtype = torch.promote_types(a.dtype, torch.float32)
+    if a.is_cuda and dtype != a.dtype:  # CPUs have no such product
+        return torch.mm(a, b, out_dtype=dtype)
+    return a.to(dtype) @ b.to(dtype)
 
 
 AttentionInterface.register("packed", packed_attention)
@@ -638,22 +683,38 @@ def load_model(path: str, args: Arguments, device: torch.device, *, trainable: b
     base = adapter_base(path, args)
     config = from_pretrained(AutoConfig, base or path, args)
     dropout = {k: value for k, value in config.to_dict().items() if "drop" in k and isinstance(value, float)}
+    config.update(dict.fromkeys(dropout, 0.0))
     dtype = compute_dtype = getattr(torch, args.dtype)
     if args.bf16:
         compute_dtype = torch.bfloat16
-    options = {"dtype": dtype} | dict.fromkeys(dropout, 0.0)
+    adapted = bool(base) or (trainable and args.use_peft)
+    base_dtype = dtype if trainable and not adapted or updated else compute_dtype
+    options, source = {"config": config, "dtype": "auto"}, None
     if args.load_in_4bit:
         nf4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
         nf4 = transformers.BitsAndBytesConfig(**nf4, bnb_4bit_compute_dtype=compute_dtype)
         options |= {"quantization_config": nf4, "device_map": {"": device}, "dtype": compute_dtype}
-    model = from_pretrained(AutoModelForCausalLM, base or path, args, **options)
-    shapes = [p.quant_state.shape for p in model.parameters() if hasattr(p, "quant_state")]
-    if device.type == "cpu" and any(inputs % 64 for _, inputs in shapes):
-        fail(f"on a CPU, --load_in_4bit needs sizes that are multiples of 64, which those of {path} are not")
+    if args.load_in_4bit or dist.get_rank() == 0:
+        source = from_pretrained(AutoModelForCausalLM, base or path, args, **options)
+        choose_forward_pass(source.train(trainable))
+    if args.load_in_4bit:
+        model = source
+        shapes = [p.quant_state.shape for p in model.parameters() if hasattr(p, "quant_state")]
+        if device.type == "cpu" and any(inputs % 64 for _, inputs in shapes):
+            fail(f"on a CPU, --load_in_4bit needs sizes that are multiples of 64, unlike those of {path}")
+    else:  # only rank 0 reads the weights: others would need as much memory. receive_weights distributes them
+        with torch.device("meta"):
+            options = {"dtype": base_dtype, "trust_remote_code": args.trust_remote_code}
+            model = AutoModelForCausalLM.from_config(config, **options)
+        model.to_empty(device="cpu").tie_weights()  # takes no memory before something is written there
+        properties = source and (source.forward_pass, source.config._attn_implementation)
+        model.forward_pass, attention = from_rank_0(properties)
+        model.set_attn_implementation(attention)
+        model.generation_config = from_rank_0(source and source.generation_config)
+        model.router_loss = None
     model.original_dropout = dropout  # save_model writes it into the configuration
-    model.adapted = bool(base) or (trainable and args.use_peft)
+    model.adapted = adapted
     model.train(trainable).requires_grad_(trainable and not model.adapted)
-    choose_forward_pass(model)
     if trainable and args.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     if model.adapted:
@@ -664,9 +725,23 @@ def load_model(path: str, args: Arguments, device: torch.device, *, trainable: b
             parameter.data = parameter.data.to(kept)
     # The policy's embedding and head stay gathered until its backward pass. A reference has no such pass.
     model = shard(model, args, device, reshard_after_forward=not trainable)
+    if not args.load_in_4bit:
+        receive_weights(model, source)
     model.token_logps = MethodType(token_logps, model)
     register_fsdp_forward_method(model, "token_logps")
     return model
+
+
+def receive_weights(model, source) -> None:
+    """Fill a sharded model with the weights and buffers of `source`, which only rank 0 has."""
+    weights, buffers = (source.state_dict(), dict(source.named_buffers())) if source else ({}, {})
+    for name in [name for name in model.state_dict() if ".base_layer" in name]:  # it has got an adapter
+        weights[name] = weights.get(name.replace(".base_layer", ""))
+    options = {"full_state_dict": True, "broadcast_from_rank0": True, "strict": False}
+    dsd.set_model_state_dict(model, weights, options=dsd.StateDictOptions(**options))
+    for name, buffer in model.named_buffers():
+        buffer.copy_(buffers.get(name, buffer))
+        dist.broadcast(buffer, 0)
 
 
 def policy_path(args, adapter_name: str | None = None) -> str:
@@ -692,6 +767,8 @@ def add_adapters(model, path: str | None, args: Arguments, trainable: bool) -> N
     if path and has_reference and not getattr(args, "ref_model_name_or_path", None):
         add_adapter(model, "reference", policy_path(args, args.ref_adapter_name), args)
     switch_adapter(model, "default")
+    if not isinstance(model.get_output_embeddings(), torch.nn.Linear):
+        model.forward_pass = "padded"  # ChunkedHead would miss the head's adapter
     model.train(trainable)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(trainable and "lora_" in name and ".default" in name)
