@@ -142,9 +142,12 @@ def collate(examples: list[tuple], device: torch.device, *, score_prompts: bool 
     tensors = {"labels": tokens[labeled, 1:], "completions": completions[labeled], "scored": scored[labeled]}
     tensors["inputs"] = {"input_ids": tokens[:, :-1], "attention_mask": has_label.long()}
     tensors |= pack(inputs, scored[labeled])
-    if device.type == "cuda":  # without making the host wait
-        tensors = tree_map_only(Tensor, lambda x: x.pin_memory().to(device, non_blocking=True), tensors)
-    return Batch(**tensors, **counts)
+    return Batch(**tree_map_only(Tensor, partial(copy_to, device), tensors), **counts)
+
+
+def copy_to(device: torch.device, tensor: Tensor) -> Tensor:
+    """Copy a tensor from the host; a GPU copies from pinned memory, so the host does not wait."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 # -------------------------------------------------------------------------------------- the fast forward pass
@@ -622,8 +625,7 @@ def start(args: Arguments) -> tuple[int, int, torch.device]:
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = torch.device("cpu")
     if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        torch.cuda.set_device(device)
+        device = prepare_cuda()
     if args.bf16 is None:
         args.bf16 = device.type == "cuda" and args.dtype != "float64"
     check_output_dir(args)
@@ -642,6 +644,22 @@ def start(args: Arguments) -> tuple[int, int, torch.device]:
     if rank > 0:
         datasets.disable_progress_bars()
     return rank, world, device
+
+
+def prepare_cuda() -> torch.device:
+    """The GPU of this process."""
+    # Batches differ in size; segments that grow keep the memory from fragmenting. Read at the first use.
+    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    torch.cuda.set_device(device)
+    # cuDNN's attention plans anew for every length, which is slow, and with a mask its gradient can be NaN
+    # (https://github.com/pytorch/pytorch/issues/196678).
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    query = torch.empty(1, 8, 64, 64, dtype=torch.bfloat16, device=device)
+    attention = torch.backends.cuda.SDPAParams(query, query, query, None, 0.0, True, False)
+    is_flash = torch.backends.cuda.can_use_flash_attention(attention)
+    say(f"{torch.cuda.get_device_name()}; attention kernel: {'flash' if is_flash else 'not flash'}")
+    return device
 
 
 def from_pretrained(kind, path: str, args: Arguments, **options):
@@ -905,16 +923,19 @@ def generate(model, tokenizer, prompts: list[list[int]], args: Arguments, **samp
     sampling |= {"eos_token_id": eos, "pad_token_id": pad, "max_new_tokens": args.max_new_tokens}
     model.generation_config = transformers.GenerationConfig(**sampling)
     model.eval()  # in training mode, gradient checkpointing would switch off the cache of keys and values
-    completions, size = [], args.per_device_eval_batch_size
+    shortest_first = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # so that padding is short
+    completions, size = [[] for _ in prompts], args.generation_batch_size
     left = {"batch_first": True, "padding_side": "left"}  # so that completions begin in the same column
     with gathered(model, args) as full:
         for start in range(0, len(prompts), size):
-            part = [torch.tensor(prompt) for prompt in prompts[start : start + size]]
+            rows = shortest_first[start : start + size]
+            part = [torch.tensor(prompts[row]) for row in rows]
             ids = pad_sequence(part, padding_value=pad, **left).to(model.device)
             mask = pad_sequence([torch.ones_like(prompt) for prompt in part], **left).to(model.device)
             # If weights are gathered at every token, all processes must generate equally many.
             output = model.generate(input_ids=ids, attention_mask=mask, synced_gpus=not full)
-            completions += output[:, ids.shape[1] :].tolist()
+            for row, completion in zip(rows, output[:, ids.shape[1] :].tolist(), strict=True):
+                completions[row] = completion
     model.train(was_training)
     model.generation_config = config
     ends = [next((i + 1 for i, token in enumerate(y) if token in eos), len(y)) for y in completions]
@@ -924,7 +945,8 @@ def generate(model, tokenizer, prompts: list[list[int]], args: Arguments, **samp
 def complete(policy, tokenizer, test: Data, args: Arguments, step: int) -> tuple[dict, list[dict]]:
     """(metrics, samples) of completions of test prompts; metrics if there is a column `answer` to equal."""
     rank, world, n = dist.get_rank(), dist.get_world_size(), len(test.lengths)
-    count = min(args.eval_prompts, n) // world * world  # equally many on all processes
+    # Equally many on all processes.
+    count = min(math.ceil(args.eval_prompts / world), n // world) * world
     if not count:
         return {}, []
     rows = [i * n // count for i in range(rank, count, world)]  # spread over the test split
@@ -1095,10 +1117,10 @@ def open_tracker(args: Arguments):
 
 
 # ------------------------------------------------------------------------------------------------ checkpoints
-# Flags that may differ on resume; those in the second line change rounding, and so perhaps what is sampled.
+# Flags that may differ on resume; batch sizes change rounding, and so perhaps what is sampled.
 MAY_CHANGE = """output_dir overwrite_output_dir dataset_num_proc logging_steps report_to run_name
-    per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps gradient_checkpointing
-    save_steps save_total_limit push_to_hub hub_model_id traceback""".split()
+    per_device_train_batch_size per_device_eval_batch_size generation_batch_size gradient_accumulation_steps
+    gradient_checkpointing save_steps save_total_limit push_to_hub hub_model_id traceback""".split()
 # What overwrite_output_dir deletes; run.json last, because it tells that the rest belongs to a run.
 WRITTEN = """checkpoints metrics.jsonl completions.jsonl reference_logps_* events.out.* *model*.safetensors
     model.safetensors.index.json adapter_config.json run.json""".split()
@@ -1179,7 +1201,9 @@ def save_checkpoint(args, policy, optimizer, step: int, method_state: dict, *, i
     with one_line(f"cannot save a checkpoint after step {step} ({free}); earlier ones are intact"):
         if dist.get_rank() == 0:  # one that could not be loaded may be there
             (folder / ".metadata").unlink(missing_ok=True)
-        dcp.save(training_state(policy, optimizer, step, method_state), checkpoint_id=folder)
+        # Without copying ahead: that would copy the whole state to pinned memory of the host first.
+        writer = dcp.FileSystemWriter(folder, per_thread_copy_ahead=0)
+        dcp.save(training_state(policy, optimizer, step, method_state), storage_writer=writer)
         if dist.get_rank() == 0:
             kept = [path for path in complete_checkpoints(args) if path <= folder][-args.save_total_limit :]
             for old in [path for path in folder.parent.glob("*/") if path not in kept]:
@@ -1271,7 +1295,8 @@ def write_model_card(args: Arguments) -> None:
 # The built-in example: a 336k-parameter character model that translates numbers to words, and its pairs.
 TOY_MODEL, TOY_DATA = (str(Path(__file__).parent / "tests" / "toy" / name) for name in ("sft", "pairs"))
 TOY = dict(model_name_or_path=TOY_MODEL, dataset_name=TOY_DATA, max_steps=100, max_new_tokens=64)
-TOY |= dict(batch_size=32, per_device_train_batch_size=32, per_device_eval_batch_size=250, eval_prompts=500)
+TOY |= dict(batch_size=32, per_device_train_batch_size=32, per_device_eval_batch_size=250)
+TOY |= dict(generation_batch_size=250, eval_prompts=500)
 
 
 def arg(default, help: str, **options):
@@ -1318,7 +1343,8 @@ class Arguments:
     max_grad_norm: float = arg(1.0, "clip the norm of the whole gradient to this")
     seed: int = arg(42, "seed of data order and sampling")
     per_device_train_batch_size: int = arg(8, "pairs per forward pass of a process, at most")
-    per_device_eval_batch_size: int = arg(8, "pairs per pass without training, prompts per generate()")
+    per_device_eval_batch_size: int = arg(8, "pairs per forward pass without training, at most")
+    generation_batch_size: int = arg(64, "prompts that a process completes at a time, at most")
     gradient_checkpointing: bool = arg(False, "recompute activations in the backward pass, to save memory")
     dtype: Literal["float32", "bfloat16", "float64"] = arg("float32", "of the trained weights")
     # Not `bool | None`, for which the parser would not take --bf16 without a value.

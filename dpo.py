@@ -469,7 +469,7 @@ def reference_table(reference_logps, data: Data, name: str, groups, size: int, a
             path.with_suffix(".tmp.npy").replace(path)
         dist.barrier()
     table = torch.from_numpy(np.load(path)).to(torch.float64 if args.dtype == "float64" else torch.float32)
-    return lambda batch: table[batch.rows].to(device)
+    return lambda batch: common.copy_to(device, table[batch.rows])
 
 
 # -------------------------------------------------------------------------------------------------- arguments

@@ -92,7 +92,7 @@ def test_samples_follow_the_models_distribution(temperature):
     model, tokenizer = tiny("gpt2", vocab_size=8), SimpleNamespace(eos_token_id=2, pad_token_id=2)
     model.generation_config.top_k, model.generation_config.temperature = 2, 0.1
     model.generation_config.repetition_penalty = 1.5
-    args = arguments(max_new_tokens=1, temperature=temperature, per_device_eval_batch_size=1000)
+    args = arguments(max_new_tokens=1, temperature=temperature, generation_batch_size=1000)
     torch.manual_seed(1)
     n = 4000
     found = common.generate(model, tokenizer, [[3, 4]] * n, args, **xpo.sampling(args))
@@ -110,10 +110,15 @@ def test_padding_on_the_left_changes_nothing(kind):
         [11],
         [2, 12, 13],
     ]  # the last one has an EOS in it, which is the padding, too
-    args = arguments(per_device_eval_batch_size=3)
-    together = common.generate(model, tokenizer, prompts, args, do_sample=False)
-    assert together == [common.generate(model, tokenizer, [p], args, do_sample=False)[0] for p in prompts]
-    assert all(2 not in y[:-1] and len(y) <= 8 for y in together)
+    alone = [common.generate(model, tokenizer, [p], arguments(), do_sample=False)[0] for p in prompts]
+    assert all(2 not in y[:-1] and len(y) <= 8 for y in alone) and len({*map(tuple, alone)}) == 3
+    sizes = []
+    count = lambda module, args, inputs: sizes.append(len(inputs["input_ids"]))  # noqa: E731
+    model.register_forward_pre_hook(count, with_kwargs=True)
+    for size in (1, 2, 3):
+        args = arguments(generation_batch_size=size)
+        assert common.generate(model, tokenizer, prompts, args, do_sample=False) == alone
+    assert {*sizes} == {1, 2, 3}
 
 
 def test_what_ends_a_completion():
@@ -155,6 +160,23 @@ def test_evaluations_and_training_steps_have_different_seeds(monkeypatch):
         torch.manual_seed(hash((args.seed, step, 0)))  # as in every script
         training.append(torch.initial_seed())
     assert len({*evaluations}) == len({*training}) == 4 and {*evaluations}.isdisjoint(training)
+
+
+@pytest.mark.parametrize(
+    ("processes", "prompts", "rows"), [(4, 1, 4), (4, 8, 8), (4, 5, 8), (4, 100, 8), (12, 1, 0)]
+)
+def test_every_process_completes_equally_many_test_prompts(monkeypatch, processes, prompts, rows):
+    """At least one each, if there are so many rows: XPO's win rate needs completions on all processes."""
+    data = datasets.Dataset.from_dict({"prompt": [[5, 6]] * 11})
+    test, found = common.Data(data, data, data), []
+    monkeypatch.setattr(common, "generate", lambda model, tokenizer, prompts, *args, **options: prompts)
+    monkeypatch.setattr(common, "gather_rows", lambda columns: columns["row"])
+    monkeypatch.setattr(common.dist, "get_world_size", lambda: processes)
+    for rank in range(processes):
+        monkeypatch.setattr(common.dist, "get_rank", lambda rank=rank: rank)
+        tokenizer = AutoTokenizer.from_pretrained(TOY_MODEL)
+        found.append(common.complete(None, tokenizer, test, arguments(eval_prompts=prompts), 0)[1])
+    assert {*map(len, found)} == {rows // processes} and len({*sum(found, [])}) == rows
 
 
 # ----------------------------------------------------------------------------------------- who decides
