@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from conftest import METHODS, batch_of, random_pairs, save_adapter
+from conftest import METHODS, random_pairs, save_adapter
 from test_runs import SHORT, metrics_of, stop, succeed
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config
