@@ -206,7 +206,10 @@ def test_torchrun_restarts_a_run_whose_rank_died(tmp_path):
     assert_same_run(uninterrupted("dpo.py", processes=2), tmp_path / "c")
 
 
-@pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1)])
+EIGHT = pytest.param(8, 4, marks=pytest.mark.long)  # as many as the GPUs of a node
+
+
+@pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1), EIGHT])
 def test_a_run_is_resumed_with_another_number_of_processes(tmp_path, before, after):
     fault = {"where": "clip_grad_norm_", "call": 3, "event": 9, "signal": "SIGKILL", "who": "all"}
     assert run("cpo.py", tmp_path / "b", processes=before, fault=fault)[0] != 0
