@@ -76,10 +76,12 @@ class Batch:
     completions: Tensor  # (2B, L) bool: whether the label is a token of a completion
     scored: Tensor  # (2B, L) bool: whether its log-probability is wanted: completions, for ORPO also prompts
     padded_index: Tensor  # (2, N) rows and columns of the scored labels
-    packed_inputs: dict[str, Tensor]  # for the fast forward pass; with an encoder, each prompt once (B, P)
+    # The same for the fast forward pass, which `pack` explains. With an encoder, each prompt once, (B, P),
+    # and for each row of the batch, which prompt it has.
+    packed_inputs: dict[str, Tensor]
+    packed_index: Tensor
+    spans: list[list[int]] | None
     global_pairs: int  # pairs in the global batch, of which this batch is a part
-    spans: list[list[int]] | None = None  # see `pack`, as for packed_index
-    packed_index: Tensor | None = None
     global_tokens: dict[str, int] | None = None  # tokens in the global batch: of prompts, chosen, rejected
     rows: np.ndarray | None = None  # (B,) row numbers of the pairs in the dataset
 
@@ -112,12 +114,10 @@ def token_logps(model, batch: Batch, *, of: Callable[[Tensor, Tensor], Tensor] =
         outputs = model.get_decoder()(**batch.packed_inputs, spans=batch.spans, use_cache=False)
         hidden, head = outputs.last_hidden_state[0, batch.packed_index], partial(logits_of, model)  # (N, D)
     else:  # model.forward, not model(...): FSDP's hooks have already run for this method
-        inputs = batch.inputs
-        if model.forward_pass == "encoded once":  # otherwise padded; both keep all logits
-            encoded = model.get_encoder()(**batch.packed_inputs)
-            per_prompt = len(inputs["input_ids"]) // len(encoded.last_hidden_state)
-            encoded.last_hidden_state = encoded.last_hidden_state.repeat_interleave(per_prompt, dim=0)
-            inputs = inputs | {"encoder_outputs": encoded}
+        inputs = dict(batch.inputs)
+        if model.forward_pass == "encoded once":  # else "padded"; both keep logits (2B, L, V)
+            inputs["encoder_outputs"] = encoded = model.get_encoder()(**batch.packed_inputs)
+            encoded.last_hidden_state = encoded.last_hidden_state[batch.packed_index]  # (2B, P, D)
         outputs = model.forward(**inputs, use_cache=False)
         hidden, head = outputs.logits[rows, columns], lambda logits: logits
         model.router_loss = outputs.get("aux_loss")
@@ -137,13 +137,12 @@ def logits_of(model, hidden: Tensor) -> Tensor:
     return model.get_output_embeddings()(hidden * (scale / divisor))  # Cohere has a scale, Granite a divisor
 
 
-def collate(examples: list[tuple], device, score_prompts=False, decoder_start=None, **counts) -> Batch:
+def collate(examples: list[tuple], device, score_prompts=False, decoder_prompt=None, **counts) -> Batch:
     """A Batch of examples (prompt, chosen, rejected) of token ids; `counts` are its last fields."""
     # All processes must run a sharded model equally often: without examples, on a token that has no label.
     inputs = examples or [([0], [0])]
-    # With an encoder, the decoder does not read the prompt, only its start token.
-    start = [decoder_start] if decoder_start is not None else None
-    sequences = [(start or prompt, y) for prompt, *completions in inputs for y in completions]
+    # With an encoder, the decoder's own prompt is its start token.
+    sequences = [(decoder_prompt or prompt, y) for prompt, *completions in inputs for y in completions]
     tokens = [torch.tensor([*prompt, *y]) for prompt, y in sequences]
     tokens = pad_sequence(tokens, batch_first=True)  # (2B, L + 1)
     prompt_ends = torch.tensor([[len(prompt)] for prompt, _ in sequences])  # (2B, 1)
@@ -157,15 +156,17 @@ def collate(examples: list[tuple], device, score_prompts=False, decoder_start=No
     labeled = slice(len(sequences) if examples else 0)
     tensors = {"labels": tokens[labeled, 1:], "completions": completions[labeled], "scored": scored[labeled]}
     tensors["padded_index"] = scored[labeled].nonzero().T
-    if start is None:
-        tensors["inputs"] = {"input_ids": tokens[:, :-1], "attention_mask": has_label.long()}
-        tensors |= pack(inputs, scored[labeled])
-    else:
+    if decoder_prompt:
         prompts = [torch.tensor(prompt) for prompt, *_ in inputs]
         once = {"input_ids": prompts, "attention_mask": [torch.ones_like(prompt) for prompt in prompts]}
         once = {name: pad_sequence(rows, batch_first=True) for name, rows in once.items()}
-        rows = {name: x.repeat_interleave(len(inputs[0]) - 1, dim=0) for name, x in once.items()}
-        tensors |= {"packed_inputs": once, "inputs": rows | {"decoder_input_ids": tokens[:, :-1]}}
+        index = torch.arange(len(inputs)).repeat_interleave(len(inputs[0]) - 1)
+        tensors |= {"packed_inputs": once, "packed_index": index, "spans": None}
+        tensors["inputs"] = {name: rows[index] for name, rows in once.items()}
+        tensors["inputs"]["decoder_input_ids"] = tokens[:, :-1]
+    else:
+        tensors["inputs"] = {"input_ids": tokens[:, :-1], "attention_mask": has_label.long()}
+        tensors |= pack(inputs, scored[labeled])
     if device.type == "cuda":  # without making the host wait
         tensors = tree_map_only(Tensor, lambda x: x.pin_memory().to(device, non_blocking=True), tensors)
     return Batch(**tensors, **counts)
@@ -224,10 +225,10 @@ AttentionInterface.register("packed", packed_attention)
 AttentionMaskInterface.register("packed", sdpa_mask)  # ordinary calls get their padding and window masks
 
 
-def decoder_start_of(config) -> int | None:
-    """The token that a decoder with an encoder reads first, as in generate(); None for a decoder alone."""
+def decoder_prompt_of(config) -> list[int] | None:
+    """[the token from which a decoder with an encoder starts, as in generate()]; None for a decoder alone."""
     start, bos = (getattr(config, f"{name}_token_id", None) for name in ("decoder_start", "bos"))
-    return None if not config.is_encoder_decoder else bos if start is None else start
+    return [bos if start is None else start] if config.is_encoder_decoder else None
 
 
 @torch.no_grad()
@@ -235,10 +236,10 @@ def choose_forward_pass(model) -> None:
     """Set model.forward_pass to a fast one if that has the numbers of plain_token_logps, or to "padded"."""
     # Not all architectures call the attention function, and some do more to hidden states than logits_of.
     examples = [([1, 2, 3, 4, 5], [1, 3, 2], [4, 4, 1, 2, 5, 3]), ([2], [5], [3, 1, 4, 1, 5, 2, 4])]
-    start, attention = decoder_start_of(model.config), model.config._attn_implementation
-    batch = collate(examples, model.device, decoder_start=start, global_pairs=2)
+    decoder_prompt, attention = decoder_prompt_of(model.config), model.config._attn_implementation
+    batch = collate(examples, model.device, decoder_prompt=decoder_prompt, global_pairs=2)
     want, reason, config = plain_token_logps(model, batch), "", model.config.get_text_config()
-    fast = "packed" if start is None else "encoded once"
+    fast = "encoded once" if decoder_prompt else "packed"
     model.forward_pass, model.router_loss = fast, None
     try:
         if getattr(config, "attention_chunk_size", None) or getattr(config, "output_router_logits", False):
@@ -280,7 +281,7 @@ class Data(NamedTuple):
     tokens: datasets.Dataset  # token ids: column `prompt`, and a column for each completion
     lengths: np.ndarray  # (n, 1 + completions) the numbers of these tokens
     score_prompts: bool = False  # whether batches score the tokens of prompts as well
-    decoder_start: int | None = None  # the decoder's first token, if the model has an encoder
+    decoder_prompt: list[int] | None = None  # see decoder_prompt_of
 
 
 def load_data(args: Arguments, tokenizer, completions=("chosen", "rejected"), *, score_prompts=False):
@@ -358,13 +359,10 @@ def tokenize_split(raw, name: str, args: Arguments, tokenizer, columns: tuple, s
         fail(f"the {name} split needs columns {', '.join(columns)}{found}")
     options = dict(tokenizer=tokenizer, completions=completions, max_length=args.max_length)
     options |= dict(room=1 if completions else args.max_new_tokens, truncate_prompt=args.truncate_prompt)
-    h = (decoder_start := getattr(tokenizer, "decoder_start", None)) is not None
-    if getattr(args, flag := "truncate_prompt" if h else "max_completion_length"):
-        fail(f"--{flag} is for models with{'out' * h} an encoder")
-    if h and not completions:
-        fail(f"{args.model_name_or_path} has an encoder, which this method does not support")
-    if h:
-        options["max_completion_length"] = args.max_completion_length or args.max_length
+    decoder_prompt = getattr(tokenizer, "decoder_prompt", None)
+    if getattr(args, flag := "truncate_prompt" if decoder_prompt else "max_completion_length"):
+        fail(f"--{flag} is for models with{'out' * bool(decoder_prompt)} an encoder")
+    options["max_completion"] = (args.max_completion_length or args.max_length) * bool(decoder_prompt)
     features = dict.fromkeys(columns, datasets.List(datasets.Value("int32")))
     features |= {"problem": datasets.Value("string"), "notes": datasets.List(datasets.Value("string"))}
     # The default fingerprint of `map` does not see that the code of a function has changed.
@@ -395,12 +393,10 @@ def tokenize_split(raw, name: str, args: Arguments, tokenizer, columns: tuple, s
     means = ", ".join(f"{column} {n.mean():.0f}" for column, n in zip(columns, lengths, strict=True))
     say(f"{len(kept)} rows in the {name} split; tokens on average: {means}")
     tokens = tokens.select(kept).select_columns([*columns])
-    return Data(raw.select(kept), tokens, np.stack(lengths, axis=1), score_prompts, decoder_start)
+    return Data(raw.select(kept), tokens, np.stack(lengths, axis=1), score_prompts, decoder_prompt)
 
 
-def tokenize(
-    row: dict, tokenizer, completions, max_length, room, truncate_prompt=False, max_completion_length=None
-) -> dict:
+def tokenize(row: dict, tokenizer, completions, max_length, room, truncate_prompt=False, max_completion=0):
     """Token ids of a row's `prompt` and completions, cut at max_length, or the `problem` that forbids it."""
     result = {name: [] for name in ("prompt", *completions)} | {"problem": "", "notes": []}
     for name in sorted({"prompt", "chosen", "rejected", *completions} & {*row}):
@@ -423,7 +419,7 @@ def tokenize(
         template = {"tools": clean(tools)} | clean(row.get("chat_template_kwargs") or {})
 
         def encode_parts(prompt) -> list[list[int]]:  # token ids of prompt and completions
-            if max_completion_length and isinstance(prompt, str):
+            if max_completion and isinstance(prompt, str):
                 return [tokenizer(prompt)["input_ids"], *(encode_labels(tokenizer, y) for y in answers)]
             prompt_ids = encode(tokenizer, prompt, **template)
             whole = [encode(tokenizer, prompt, y, **template) for y in answers]
@@ -438,7 +434,7 @@ def tokenize(
             space = max_length - room_for_completions
             parts = cut_prompt(prompt, parts, encode_parts, space, tokenizer.bos_token_id)
             result["notes"].append("have a prompt that is cut at its beginning")
-        if max_completion_length and len(parts[0]) > max_length:  # all but its last token, which may be EOS
+        if max_completion and len(parts[0]) > max_length:  # all but its last token, which may be EOS
             parts[0] = [*parts[0][: max_length - 1], parts[0][-1]]
             result["notes"].append(f"have a prompt that is cut at max_length {max_length}")
     except Exception as error:  # also of a chat template
@@ -451,8 +447,8 @@ def tokenize(
     if not prompt_ids and (not completions or tokenizer.bos_token_id is None):
         return result | {"problem": "the prompt has no tokens"}
     prompt_ids = prompt_ids or [tokenizer.bos_token_id]  # something has to predict a completion's first token
-    space = max_completion_length or max_length - len(prompt_ids)
-    limit = f"max_completion_length {space}" if max_completion_length else f"max_length {max_length}"
+    space = max_completion or max_length - len(prompt_ids)
+    limit = f"max_completion_length {space}" if max_completion else f"max_length {max_length}"
     if space < room:
         problem = f"the prompt leaves no room for a completion in max_length {max_length}"
         return result | {"problem": problem + "; --truncate_prompt keeps its end" * (not truncate_prompt)}
@@ -546,7 +542,7 @@ def encode_labels(tokenizer, text: str) -> list[int]:
     # BART's <s> is a label: its decoder reads </s> <s> ... as in pretraining, and as in transformers and TRL.
     # T5 has no BOS. A start token that a tokenizer adds (T5Gemma) is no label, nor is mBART's last language.
     ids, eos = tokenizer(text_target=text)["input_ids"], tokenizer.eos_token_id
-    ids = ids[ids[:1] == [tokenizer.decoder_start] :]
+    ids = ids[ids[:1] == tokenizer.decoder_prompt :]
     return [*ids[: ids.index(eos) if eos in ids else None], eos]
 
 
@@ -574,7 +570,7 @@ def micro_batches(data: Data, rows: np.ndarray, size: int, device: torch.device)
     rank, world = dist.get_rank(), dist.get_world_size()
     mine = rows[rank::world]  # neighbours have similar lengths: every process gets some of each length
     token_counts = dict(zip(data.tokens.column_names, data.lengths[rows].sum(0).tolist(), strict=True))
-    if data.decoder_start is not None:  # all that a decoder with an encoder reads before a completion
+    if data.decoder_prompt:  # it is this that ORPO would score
         token_counts["prompt"] = len(rows)
     for start in range(0, math.ceil(len(rows) / world), size):
         part = mine[start : start + size]
@@ -665,16 +661,15 @@ def revision_of(path: str, args) -> str:
 def load_tokenizer(path: str, args: Arguments):
     """The tokenizer of a model, if these scripts can train or score with that model."""
     base = adapter_base(path, args) or path
-    revision = revision_of(path, args)
-    has_tokenizer = base == path or has_file(path, "tokenizer_config.json", revision=revision)
+    has_tokenizer = base == path or has_file(path, "tokenizer_config.json", revision=revision_of(path, args))
     tokenizer = from_pretrained(transformers.AutoTokenizer, path if has_tokenizer else base, args)
     config = from_pretrained(AutoConfig, base, args)
     kind = "SEQ_TO_SEQ_CAUSAL_LM" if config.is_encoder_decoder else "CAUSAL_LM"
     known = type(config) in getattr(transformers, f"MODEL_FOR_{kind}_MAPPING") or args.trust_remote_code
     if not known or getattr(config, "vision_config", None):
         fail(f"{path} is of type {config.model_type}, not a language model")
-    tokenizer.decoder_start = decoder_start_of(config)
-    if config.is_encoder_decoder and tokenizer.decoder_start is None:
+    tokenizer.decoder_prompt = decoder_prompt_of(config)
+    if tokenizer.decoder_prompt == [None]:
         fail(f"the configuration of {path} has no decoder_start_token_id")
     if getattr(config, "quantization_config", None):
         fail(f"the weights of {base} are quantized already; --load_in_4bit takes a model that is not")
@@ -882,12 +877,13 @@ def generate(model, tokenizer, prompts: list[list[int]], args: Arguments, **samp
     pad = eos[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     # A fresh configuration: the checkpoint's temperature, top-k and so on must not change the distribution.
     sampling |= {"eos_token_id": eos, "pad_token_id": pad, "max_new_tokens": args.max_new_tokens}
-    sampling["decoder_start_token_id"] = decoder_start = decoder_start_of(model.config)
+    decoder_prompt = decoder_prompt_of(model.config)
+    sampling |= {"decoder_start_token_id": decoder_prompt[0]} if decoder_prompt else {}
     model.generation_config = transformers.GenerationConfig(**sampling)
     model.eval()  # in training mode, gradient checkpointing would switch off the cache of keys and values
     completions, size = [], args.per_device_eval_batch_size
     # Completions begin in the same column. An encoder's prompts are padded as in training.
-    side = {"batch_first": True, "padding_side": "left" if decoder_start is None else "right"}
+    side = {"batch_first": True, "padding_side": "right" if decoder_prompt else "left"}
     with gathered(model, args) as full:
         for start in range(0, len(prompts), size):
             part = [torch.tensor(prompt) for prompt in prompts[start : start + size]]
@@ -895,7 +891,7 @@ def generate(model, tokenizer, prompts: list[list[int]], args: Arguments, **samp
             mask = pad_sequence([torch.ones_like(prompt) for prompt in part], **side).to(model.device)
             # If weights are gathered at every token, all processes must generate equally many.
             output = model.generate(input_ids=ids, attention_mask=mask, synced_gpus=not full)
-            completions += output[:, ids.shape[1] if decoder_start is None else 1 :].tolist()
+            completions += output[:, 1 if decoder_prompt else ids.shape[1] :].tolist()
     model.train(was_training)
     model.generation_config = config
     ends = [next((i + 1 for i, token in enumerate(y) if token in eos), len(y)) for y in completions]
@@ -915,7 +911,7 @@ def complete(policy, tokenizer, test: Data, args: Arguments, step: int) -> tuple
     columns["prompt"] = tokenizer.batch_decode(prompts, skip_special_tokens=True)
     for name, options in (("greedy", {"do_sample": False}), ("sampled", {"do_sample": True, "top_k": 0})):
         answers = generate(policy, tokenizer, prompts, args, **options)
-        before = prompts if test.decoder_start is None else [[] for _ in prompts]
+        before = [[] for _ in prompts] if test.decoder_prompt else prompts
         columns[name] = decode_answers(tokenizer, before, answers)
     has_answers = "answer" in test.raw.column_names
     samples = gather_rows(columns | ({"answer": test.raw[rows]["answer"]} if has_answers else {}))

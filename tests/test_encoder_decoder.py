@@ -68,13 +68,13 @@ def tokenizer_of(kind: str):
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
         single=template, special_tokens=special_tokens
     )
-    tokenizer.decoder_start = common.decoder_start_of(CONFIGS[kind])
+    tokenizer.decoder_prompt = common.decoder_prompt_of(CONFIGS[kind])
     return tokenizer
 
 
 def batch_of(model, pairs, **options) -> common.Batch:
-    start = common.decoder_start_of(model.config)
-    return common.collate(pairs, CPU, decoder_start=start, global_pairs=len(pairs), **options)
+    start = common.decoder_prompt_of(model.config)
+    return common.collate(pairs, CPU, decoder_prompt=start, global_pairs=len(pairs), **options)
 
 
 def by_hand(model, pairs) -> torch.Tensor:
@@ -181,7 +181,7 @@ def ids(text: str) -> list[int]:
 
 
 def tokenize(row: dict, kind: str, max_length: int = 99, max_completion_length: int = 99) -> dict:
-    limits = {"max_length": max_length, "max_completion_length": max_completion_length, "room": 1}
+    limits = {"max_length": max_length, "max_completion": max_completion_length, "room": 1}
     return common.tokenize(row, tokenizer_of(kind), PARTS[1:], **limits)
 
 
@@ -243,7 +243,7 @@ def test_max_length_is_also_the_default_of_completions(tmp_path):
     for flags, chosen in (({}, "one t"), ({"max_completion_length": 2}, "on")):
         args = Arguments(dataset_name=str(path), eval_strategy="no", max_length=5, **flags)
         data, _ = common.load_data(args, tokenizer_of("t5"))
-        assert data.tokens["chosen"][0] == ids(chosen) and data.decoder_start == 0
+        assert data.tokens["chosen"][0] == ids(chosen) and data.decoder_prompt == [0]
         assert data.lengths.tolist() == [[5, len(chosen), min(4, len(chosen))]]
 
 
@@ -261,7 +261,7 @@ def test_several_processes_tokenize_alike(tmp_path):
 def data_of(model, pairs) -> Data:
     tokens = datasets.Dataset.from_dict(dict(zip(PARTS, map(list, zip(*pairs, strict=True)), strict=True)))
     lengths = np.array([[len(part) for part in pair] for pair in pairs])
-    return Data(tokens, tokens, lengths, True, common.decoder_start_of(model.config))
+    return Data(tokens, tokens, lengths, True, common.decoder_prompt_of(model.config))
 
 
 def cpo_by_hand(chosen, rejected, n_chosen, n_rejected):
@@ -399,12 +399,12 @@ def test_greedy_completions_are_those_of_single_prompts(kind):
     model, tokenizer = tiny(kind, vocab_size=43, seed=3).eval(), tokenizer_of(kind)
     args = Arguments("none", max_new_tokens=9, per_device_eval_batch_size=5)
     prompts = [[i % 43 for i in prompt] for prompt, *_ in random_pairs(4, 12)]
-    start = common.decoder_start_of(model.config)
+    start = common.decoder_prompt_of(model.config)
     found = common.generate(model, tokenizer, prompts, args, do_sample=False)
     for prompt, completion in zip(prompts, found, strict=True):
         want = []
         while len(want) < 9 and 2 not in want:
-            inputs = torch.tensor([prompt]), torch.tensor([[start, *want]])
+            inputs = torch.tensor([prompt]), torch.tensor([[*start, *want]])
             logits = model(input_ids=inputs[0], decoder_input_ids=inputs[1]).logits[0, -1]
             want.append(logits.argmax().item())
         assert completion == want
