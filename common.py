@@ -818,7 +818,8 @@ def shard(model, args: Arguments, device: torch.device, *, reshard_after_forward
     # Weights of 4 bits cannot be sharded: every process has all of them, and of the others that are frozen.
     is_4bit, options = getattr(model, "is_loaded_in_4bit", False), {"mesh": mesh, "mp_policy": precision}
     options["ignored_params"] = {p for p in model.parameters() if is_4bit and not p.requires_grad}
-    for layer in [m for m in model.modules() if type(m).__name__ in (model._no_split_modules or ())]:
+    layers = [m for m in model.modules() if type(m).__name__ in (model._no_split_modules or ())]
+    for layer in reversed(layers):  # inner ones first: MBart has attention within layers
         fully_shard(layer, **options)
     return fully_shard(model, **options, reshard_after_forward=reshard_after_forward)
 
@@ -882,8 +883,7 @@ def generate(model, tokenizer, prompts: list[list[int]], args: Arguments, **samp
     model.generation_config = transformers.GenerationConfig(**sampling)
     model.eval()  # in training mode, gradient checkpointing would switch off the cache of keys and values
     completions, size = [], args.per_device_eval_batch_size
-    # Completions begin in the same column. An encoder's prompts are padded as in training.
-    side = {"batch_first": True, "padding_side": "right" if decoder_prompt else "left"}
+    side = {"batch_first": True, "padding_side": "right" if decoder_prompt else "left"}  # completions align
     with gathered(model, args) as full:
         for start in range(0, len(prompts), size):
             part = [torch.tensor(prompt) for prompt in prompts[start : start + size]]
