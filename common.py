@@ -76,8 +76,7 @@ class Batch:
     completions: Tensor  # (2B, L) bool: whether the label is a token of a completion
     scored: Tensor  # (2B, L) bool: whether its log-probability is wanted: completions, for ORPO also prompts
     padded_index: Tensor  # (2, N) rows and columns of the scored labels
-    # The same for the fast forward pass, which `pack` explains. With an encoder, each prompt once, (B, P),
-    # and for each row of the batch, which prompt it has.
+    # The same for the fast forward pass: see `pack`. With an encoder: each prompt once, and who has which.
     packed_inputs: dict[str, Tensor]
     packed_index: Tensor
     spans: list[list[int]] | None
@@ -159,11 +158,10 @@ def collate(examples: list[tuple], device, score_prompts=False, decoder_prompt=N
     if decoder_prompt:
         prompts = [torch.tensor(prompt) for prompt, *_ in inputs]
         once = {"input_ids": prompts, "attention_mask": [torch.ones_like(prompt) for prompt in prompts]}
-        once = {name: pad_sequence(rows, batch_first=True) for name, rows in once.items()}
-        index = torch.arange(len(inputs)).repeat_interleave(len(inputs[0]) - 1)
-        tensors |= {"packed_inputs": once, "packed_index": index, "spans": None}
-        tensors["inputs"] = {name: rows[index] for name, rows in once.items()}
-        tensors["inputs"]["decoder_input_ids"] = tokens[:, :-1]
+        once = {name: pad_sequence(x, batch_first=True) for name, x in once.items()}  # (B, P)
+        index = torch.arange(len(inputs)).repeat_interleave(len(inputs[0]) - 1)  # (2B,) each row's prompt
+        rows = {name: x[index] for name, x in once.items()} | {"decoder_input_ids": tokens[:, :-1]}
+        tensors |= {"inputs": rows, "packed_inputs": once, "packed_index": index, "spans": None}
     else:
         tensors["inputs"] = {"input_ids": tokens[:, :-1], "attention_mask": has_label.long()}
         tensors |= pack(inputs, scored[labeled])
@@ -239,16 +237,15 @@ def choose_forward_pass(model) -> None:
     decoder_prompt, attention = decoder_prompt_of(model.config), model.config._attn_implementation
     batch = collate(examples, model.device, decoder_prompt=decoder_prompt, global_pairs=2)
     want, reason, config = plain_token_logps(model, batch), "", model.config.get_text_config()
-    fast = "encoded once" if decoder_prompt else "packed"
-    model.forward_pass, model.router_loss = fast, None
+    model.forward_pass, model.router_loss = "encoded once" if decoder_prompt else "packed", None
     try:
         if getattr(config, "attention_chunk_size", None) or getattr(config, "output_router_logits", False):
             raise NotImplementedError("attention within chunks, or a load-balancing loss")
-        if fast == "packed":
+        if model.forward_pass == "packed":
             model.set_attn_implementation("packed")
         difference = (token_logps(model, batch) - want).abs().max().item()
         if not difference < (5e-3 if model.dtype == torch.bfloat16 else 5e-5) * want.abs().max().item():
-            reason = f"{fast} they would differ by {difference:.0e}"
+            reason = f"{model.forward_pass} they would differ by {difference:.0e}"
     except Exception as error:  # whatever an architecture does that nobody foresaw
         reason = f"{type(error).__name__}: {first_line(error)}"
     if reason:
@@ -257,7 +254,7 @@ def choose_forward_pass(model) -> None:
         name = type(model).__name__
         say(f"warning: {name} runs with padding, which takes more time and memory, because {reason}")
     elif model.training:  # said once: a reference is not trained
-        say(f"log-probabilities: {fast} (checked against padded)")
+        say(f"log-probabilities: {model.forward_pass} (checked against padded)")
 
 
 # ------------------------------------------------------------------------------------------- data and batches
@@ -419,7 +416,7 @@ def tokenize(row: dict, tokenizer, completions, max_length, room, truncate_promp
         template = {"tools": clean(tools)} | clean(row.get("chat_template_kwargs") or {})
 
         def encode_parts(prompt) -> list[list[int]]:  # token ids of prompt and completions
-            if max_completion and isinstance(prompt, str):
+            if max_completion and isinstance(prompt, str):  # texts for an encoder and its decoder
                 return [tokenizer(prompt)["input_ids"], *(encode_labels(tokenizer, y) for y in answers)]
             prompt_ids = encode(tokenizer, prompt, **template)
             whole = [encode(tokenizer, prompt, y, **template) for y in answers]
@@ -570,7 +567,7 @@ def micro_batches(data: Data, rows: np.ndarray, size: int, device: torch.device)
     rank, world = dist.get_rank(), dist.get_world_size()
     mine = rows[rank::world]  # neighbours have similar lengths: every process gets some of each length
     token_counts = dict(zip(data.tokens.column_names, data.lengths[rows].sum(0).tolist(), strict=True))
-    if data.decoder_prompt:  # it is this that ORPO would score
+    if data.decoder_prompt:  # the decoder's own; what the encoder reads is never predicted
         token_counts["prompt"] = len(rows)
     for start in range(0, math.ceil(len(rows) / world), size):
         part = mine[start : start + size]
