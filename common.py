@@ -76,7 +76,7 @@ class Batch:
     completions: Tensor  # (2B, L) bool: whether the label is a token of a completion
     scored: Tensor  # (2B, L) bool: whether its log-probability is wanted: completions, for ORPO also prompts
     padded_index: Tensor  # (2, N) rows and columns of the scored labels
-    # The same for the fast forward pass: see `pack`. With an encoder: each prompt once, and who has which.
+    # The same for the fast forward pass: see `pack`. With an encoder: each prompt once, and that of each row.
     packed_inputs: dict[str, Tensor]
     packed_index: Tensor
     spans: list[list[int]] | None
