@@ -69,15 +69,17 @@ class Batch:
     with another number of completions for each prompt has that number of rows for each prompt.
     """
 
-    inputs: dict[str, Tensor]  # for model(**inputs): input_ids (2B, L) and attention_mask (2B, L)
+    # For model(**inputs): input_ids (2B, L) and attention_mask (2B, L). With an encoder, these are prompts,
+    # (2B, P), and decoder_input_ids (2B, L) are the labels, shifted right behind the decoder's start token.
+    inputs: dict[str, Tensor]
     labels: Tensor  # (2B, L)
     completions: Tensor  # (2B, L) bool: whether the label is a token of a completion
     scored: Tensor  # (2B, L) bool: whether its log-probability is wanted: completions, for ORPO also prompts
-    # The same for the fast forward pass, which `pack` explains:
+    padded_index: Tensor  # (2, N) rows and columns of the scored labels
+    # The same for the fast forward pass: see `pack`. With an encoder: each prompt once, and that of each row.
     packed_inputs: dict[str, Tensor]
-    spans: list[list[int]]
     packed_index: Tensor
-    padded_index: Tensor
+    spans: list[list[int]] | None
     global_pairs: int  # pairs in the global batch, of which this batch is a part
     global_tokens: dict[str, int] | None = None  # tokens in the global batch: of prompts, chosen, rejected
     rows: np.ndarray | None = None  # (B,) row numbers of the pairs in the dataset
@@ -108,8 +110,12 @@ def token_logps(model, batch: Batch, *, of: Callable[[Tensor, Tensor], Tensor] =
         outputs = model.get_decoder()(**batch.packed_inputs, spans=batch.spans, use_cache=False)
         hidden = outputs.last_hidden_state[0, batch.packed_index] * logit_scale(model)  # (N, D)
         weight, bias = (getattr(model.get_output_embeddings(), name) for name in ("weight", "bias"))
-    else:  # padded. model.forward, not model(...): FSDP's hooks have already run for this method
-        outputs = model.forward(**batch.inputs, use_cache=False)
+    else:  # model.forward, not model(...): FSDP's hooks have already run for this method
+        inputs = dict(batch.inputs)
+        if model.forward_pass == "encoded once":  # else "padded"; both keep logits (2B, L, V)
+            inputs["encoder_outputs"] = encoded = model.get_encoder()(**batch.packed_inputs)
+            encoded.last_hidden_state = encoded.last_hidden_state[batch.packed_index]  # (2B, P, D)
+        outputs = model.forward(**inputs, use_cache=False)
         hidden = outputs.logits[rows, columns]  # (N, V): the head has run already
         model.router_loss = outputs.get("aux_loss")
     values = ChunkedHead.apply(hidden, weight, bias, batch.labels[rows, columns], of)  # (N,) or (N, k)
@@ -123,11 +129,12 @@ def logit_scale(model) -> float:
     return scale / divisor  # Cohere has a scale, Granite a divisor
 
 
-def collate(examples: list[tuple], device: torch.device, *, score_prompts: bool = False, **counts) -> Batch:
+def collate(examples: list[tuple], device, score_prompts=False, decoder_prompt=None, **counts) -> Batch:
     """A Batch of examples (prompt, chosen, rejected) of token ids; `counts` are its last fields."""
     # All processes must run a sharded model equally often: without examples, on a token that has no label.
     inputs = examples or [([0], [0])]
-    sequences = [(prompt, y) for prompt, *completions in inputs for y in completions]
+    # With an encoder, the decoder's own prompt is its start token.
+    sequences = [(decoder_prompt or prompt, y) for prompt, *completions in inputs for y in completions]
     tokens = [torch.tensor([*prompt, *y]) for prompt, y in sequences]
     tokens = pad_sequence(tokens, batch_first=True)  # (2B, L + 1)
     prompt_ends = torch.tensor([[len(prompt)] for prompt, _ in sequences])  # (2B, 1)
@@ -140,8 +147,17 @@ def collate(examples: list[tuple], device: torch.device, *, score_prompts: bool 
         scored[:: len(inputs[0]) - 1] = has_label[:: len(inputs[0]) - 1]
     labeled = slice(len(sequences) if examples else 0)
     tensors = {"labels": tokens[labeled, 1:], "completions": completions[labeled], "scored": scored[labeled]}
-    tensors["inputs"] = {"input_ids": tokens[:, :-1], "attention_mask": has_label.long()}
-    tensors |= pack(inputs, scored[labeled])
+    tensors["padded_index"] = scored[labeled].nonzero().T
+    if decoder_prompt:
+        prompts = [torch.tensor(prompt) for prompt, *_ in inputs]
+        once = {"input_ids": prompts, "attention_mask": [torch.ones_like(prompt) for prompt in prompts]}
+        once = {name: pad_sequence(x, batch_first=True) for name, x in once.items()}  # (B, P)
+        index = torch.arange(len(inputs)).repeat_interleave(len(inputs[0]) - 1)  # (2B,) each row's prompt
+        rows = {name: x[index] for name, x in once.items()} | {"decoder_input_ids": tokens[:, :-1]}
+        tensors |= {"inputs": rows, "packed_inputs": once, "packed_index": index, "spans": None}
+    else:
+        tensors["inputs"] = {"input_ids": tokens[:, :-1], "attention_mask": has_label.long()}
+        tensors |= pack(inputs, scored[labeled])
     return Batch(**tree_map_only(Tensor, partial(copy_to, device), tensors), **counts)
 
 
@@ -173,7 +189,6 @@ def pack(examples: list[tuple], scored: Tensor) -> dict:
         "packed_inputs": {name: torch.tensor([value]) for name, value in inputs.items()},  # (1, T)
         "spans": spans,  # of each pair: where in the row its prompt, chosen and rejected begin, and the end
         "packed_index": places[: len(scored)][scored],  # (N,) places in the row that predict these labels
-        "padded_index": scored.nonzero().T,  # (2, N) rows and columns of these labels in the batch
     }
 
 
@@ -257,21 +272,29 @@ AttentionInterface.register("packed", packed_attention)
 AttentionMaskInterface.register("packed", sdpa_mask)  # ordinary calls get their padding and window masks
 
 
+def decoder_prompt_of(config) -> list[int] | None:
+    """[the token from which a decoder with an encoder starts, as in generate()]; None for a decoder alone."""
+    start, bos = (getattr(config, f"{name}_token_id", None) for name in ("decoder_start", "bos"))
+    return [bos if start is None else start] if config.is_encoder_decoder else None
+
+
 @torch.no_grad()
 def choose_forward_pass(model) -> None:
-    """Set model.forward_pass to "packed" if that gives the numbers of plain_token_logps, else to "padded"."""
+    """Set model.forward_pass to a fast one if that has the numbers of plain_token_logps, or to "padded"."""
     # Not all architectures call the attention function, and some do more to hidden states than logits_of.
     examples = [([1, 2, 3, 4, 5], [1, 3, 2], [4, 4, 1, 2, 5, 3]), ([2], [5], [3, 1, 4, 1, 5, 2, 4])]
-    batch, attention = collate(examples, model.device, global_pairs=2), model.config._attn_implementation
+    decoder_prompt, attention = decoder_prompt_of(model.config), model.config._attn_implementation
+    batch = collate(examples, model.device, decoder_prompt=decoder_prompt, global_pairs=2)
     want, reason, config = plain_token_logps(model, batch), "", model.config.get_text_config()
-    model.forward_pass, model.router_loss = "packed", None
+    model.forward_pass, model.router_loss = "encoded once" if decoder_prompt else "packed", None
     try:
         if getattr(config, "attention_chunk_size", None) or getattr(config, "output_router_logits", False):
             raise NotImplementedError("attention within chunks, or a load-balancing loss")
-        model.set_attn_implementation("packed")
+        if model.forward_pass == "packed":
+            model.set_attn_implementation("packed")
         difference = (token_logps(model, batch) - want).abs().max().item()
         if not difference < (5e-3 if model.dtype == torch.bfloat16 else 5e-5) * want.abs().max().item():
-            reason = f"packed they would differ by {difference:.0e}"
+            reason = f"{model.forward_pass} they would differ by {difference:.0e}"
     except Exception as error:  # whatever an architecture does that nobody foresaw
         reason = f"{type(error).__name__}: {first_line(error)}"
     if reason:
@@ -280,7 +303,7 @@ def choose_forward_pass(model) -> None:
         name = type(model).__name__
         say(f"warning: {name} runs with padding, which takes more time and memory, because {reason}")
     elif model.training:  # said once: a reference is not trained
-        say("log-probabilities: packed (checked against padded)")
+        say(f"log-probabilities: {model.forward_pass} (checked against padded)")
 
 
 # ------------------------------------------------------------------------------------------- data and batches
@@ -305,6 +328,7 @@ class Data(NamedTuple):
     tokens: datasets.Dataset  # token ids: column `prompt`, and a column for each completion
     lengths: np.ndarray  # (n, 1 + completions) the numbers of these tokens
     score_prompts: bool = False  # whether batches score the tokens of prompts as well
+    decoder_prompt: list[int] | None = None  # see decoder_prompt_of
 
 
 def load_data(args: Arguments, tokenizer, completions=("chosen", "rejected"), *, score_prompts=False):
@@ -323,7 +347,7 @@ def load_data(args: Arguments, tokenizer, completions=("chosen", "rejected"), *,
         say(f"columns that are not used: {', '.join(unused)}")
     if tokenizer.chat_template and isinstance(split_prompt(data[0].raw[0])[0], str):
         message = '"prompt": [{"role": "user", "content": ...}]'
-        say(f"texts are joined as they are, without a space; the chat template is for messages: {message}")
+        say(f"texts are not joined by a space and get no chat template, which is for messages: {message}")
     example = {name: tokenizer.decode(ids) for name, ids in data[0].tokens[0].items()}
     say("the first row: " + "  ".join(f"{name} {SHORT.repr(text)}" for name, text in example.items()))
     digest = hashlib.sha256(b"".join(split.lengths.tobytes() for split in data))
@@ -382,6 +406,10 @@ def tokenize_split(raw, name: str, args: Arguments, tokenizer, columns: tuple, s
         fail(f"the {name} split needs columns {', '.join(columns)}{found}")
     options = dict(tokenizer=tokenizer, completions=completions, max_length=args.max_length)
     options |= dict(room=1 if completions else args.max_new_tokens, truncate_prompt=args.truncate_prompt)
+    decoder_prompt = getattr(tokenizer, "decoder_prompt", None)
+    if getattr(args, flag := "truncate_prompt" if decoder_prompt else "max_completion_length"):
+        fail(f"--{flag} is for models with{'out' * bool(decoder_prompt)} an encoder")
+    options["max_completion"] = (args.max_completion_length or args.max_length) * bool(decoder_prompt)
     features = dict.fromkeys(columns, datasets.List(datasets.Value("int32")))
     features |= {"problem": datasets.Value("string"), "notes": datasets.List(datasets.Value("string"))}
     # The default fingerprint of `map` does not see that the code of a function has changed.
@@ -412,10 +440,10 @@ def tokenize_split(raw, name: str, args: Arguments, tokenizer, columns: tuple, s
     means = ", ".join(f"{column} {n.mean():.0f}" for column, n in zip(columns, lengths, strict=True))
     say(f"{len(kept)} rows in the {name} split; tokens on average: {means}")
     tokens = tokens.select(kept).select_columns([*columns])
-    return Data(raw.select(kept), tokens, np.stack(lengths, axis=1), score_prompts)
+    return Data(raw.select(kept), tokens, np.stack(lengths, axis=1), score_prompts, decoder_prompt)
 
 
-def tokenize(row: dict, tokenizer, completions: list[str], max_length: int, room: int, truncate_prompt=False):
+def tokenize(row: dict, tokenizer, completions, max_length, room, truncate_prompt=False, max_completion=0):
     """Token ids of a row's `prompt` and completions, cut at max_length, or the `problem` that forbids it."""
     result = {name: [] for name in ("prompt", *completions)} | {"problem": "", "notes": []}
     for name in sorted({"prompt", "chosen", "rejected", *completions} & {*row}):
@@ -438,6 +466,8 @@ def tokenize(row: dict, tokenizer, completions: list[str], max_length: int, room
         template = {"tools": clean(tools)} | clean(row.get("chat_template_kwargs") or {})
 
         def encode_parts(prompt) -> list[list[int]]:  # token ids of prompt and completions
+            if max_completion and isinstance(prompt, str):  # texts for an encoder and its decoder
+                return [tokenizer(prompt)["input_ids"], *(encode_labels(tokenizer, y) for y in answers)]
             prompt_ids = encode(tokenizer, prompt, **template)
             whole = [encode(tokenizer, prompt, y, **template) for y in answers]
             # A token may span prompt and completion, or depend on what follows: the prompt is what all share.
@@ -451,6 +481,9 @@ def tokenize(row: dict, tokenizer, completions: list[str], max_length: int, room
             space = max_length - room_for_completions
             parts = cut_prompt(prompt, parts, encode_parts, space, tokenizer.bos_token_id)
             result["notes"].append("have a prompt that is cut at its beginning")
+        if max_completion and len(parts[0]) > max_length:  # all but its last token, which may be EOS
+            parts[0] = [*parts[0][: max_length - 1], parts[0][-1]]
+            result["notes"].append(f"have a prompt that is cut at max_length {max_length}")
     except Exception as error:  # also of a chat template
         return result | {"problem": f"it cannot be tokenized: {first_line(error)}"}
     # In messages, only the template may write special tokens: an <|im_end|> in a text would end its turn.
@@ -461,16 +494,18 @@ def tokenize(row: dict, tokenizer, completions: list[str], max_length: int, room
     if not prompt_ids and (not completions or tokenizer.bos_token_id is None):
         return result | {"problem": "the prompt has no tokens"}
     prompt_ids = prompt_ids or [tokenizer.bos_token_id]  # something has to predict a completion's first token
-    if len(prompt_ids) + room > max_length:
+    space = max_completion or max_length - len(prompt_ids)
+    limit = f"max_completion_length {space}" if max_completion else f"max_length {max_length}"
+    if space < room:
         problem = f"the prompt leaves no room for a completion in max_length {max_length}"
         return result | {"problem": problem + "; --truncate_prompt keeps its end" * (not truncate_prompt)}
-    if any(len(prompt_ids) + len(ids) > max_length for ids in answers):
-        result["notes"].append(f"have a completion that is cut at max_length {max_length}")
-    ids = {name: ids[: max_length - len(prompt_ids)] for name, ids in zip(completions, answers, strict=True)}
+    if any(len(ids) > space for ids in answers):
+        result["notes"].append(f"have a completion that is cut at {limit}")
+    ids = {name: ids[:space] for name, ids in zip(completions, answers, strict=True)}
     if empty := [name for name in ids if not ids[name]]:
         return result | {"problem": f"{empty[0]} is empty"}
     if len(ids) == 2 and ids[completions[0]] == ids[completions[1]]:
-        within = "" if answers[0] == answers[1] else f" within max_length {max_length}"
+        within = "" if answers[0] == answers[1] else f" within {limit}"
         return result | {"problem": f"the completions are identical{within}"}
     return result | ids | {"prompt": prompt_ids}
 
@@ -549,6 +584,15 @@ def encode(tokenizer, prompt, completion=None, *, ended: bool = True, **template
     return [*ids, eos] if ends and eos is not None else ids
 
 
+def encode_labels(tokenizer, text: str) -> list[int]:
+    """Token ids of a text that the decoder of an encoder–decoder model learns to write, with one EOS."""
+    # BART's <s> is a label: its decoder reads </s> <s> ... as in pretraining, and as in transformers and TRL.
+    # T5 has no BOS. A start token that a tokenizer adds (T5Gemma) is no label, nor is mBART's last language.
+    ids, eos = tokenizer(text_target=text)["input_ids"], tokenizer.eos_token_id
+    ids = ids[ids[:1] == tokenizer.decoder_prompt :]
+    return [*ids[: ids.index(eos) if eos in ids else None], eos]
+
+
 def global_batches(data: Data, args: Arguments) -> np.ndarray:
     """The row numbers of all global batches of the run, (steps, batch_size): a function of seed and epoch."""
     # A batch is a random sample, sorted by length. Rows left over at the end of an epoch are not used.
@@ -574,11 +618,13 @@ def micro_batches(data: Data, rows: np.ndarray, size: int, device: torch.device)
     rank, world = dist.get_rank(), dist.get_world_size()
     mine = rows[rank::world]  # neighbours have similar lengths: every process gets some of each length
     token_counts = dict(zip(data.tokens.column_names, data.lengths[rows].sum(0).tolist(), strict=True))
+    if data.decoder_prompt:  # the decoder's own; what the encoder reads is never predicted
+        token_counts["prompt"] = len(rows)
     for start in range(0, math.ceil(len(rows) / world), size):
         part = mine[start : start + size]
         examples = list(zip(*data.tokens[part].values(), strict=True)) if len(part) else []
         counts = {"rows": part, "global_pairs": len(rows), "global_tokens": token_counts}
-        yield collate(examples, device, score_prompts=data.score_prompts, **counts)
+        yield collate(examples, device, *data[3:], **counts)
 
 
 # --------------------------------------------------------------------------------------- processes and models
@@ -678,13 +724,16 @@ def revision_of(path: str, args) -> str:
 def load_tokenizer(path: str, args: Arguments):
     """The tokenizer of a model, if these scripts can train or score with that model."""
     base = adapter_base(path, args) or path
-    revision = revision_of(path, args)
-    has_tokenizer = base == path or has_file(path, "tokenizer_config.json", revision=revision)
+    has_tokenizer = base == path or has_file(path, "tokenizer_config.json", revision=revision_of(path, args))
     tokenizer = from_pretrained(transformers.AutoTokenizer, path if has_tokenizer else base, args)
     config = from_pretrained(AutoConfig, base, args)
-    known = type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING or args.trust_remote_code
-    if config.is_encoder_decoder or not known or getattr(config, "vision_config", None):
-        fail(f"{path} is of type {config.model_type}, not a language model with a decoder alone")
+    kind = "SEQ_TO_SEQ_CAUSAL_LM" if config.is_encoder_decoder else "CAUSAL_LM"
+    known = type(config) in getattr(transformers, f"MODEL_FOR_{kind}_MAPPING") or args.trust_remote_code
+    if not known or getattr(config, "vision_config", None):
+        fail(f"{path} is of type {config.model_type}, not a language model")
+    tokenizer.decoder_prompt = decoder_prompt_of(config)
+    if tokenizer.decoder_prompt == [None]:
+        fail(f"the configuration of {path} has no decoder_start_token_id")
     if getattr(config, "quantization_config", None):
         fail(f"the weights of {base} are quantized already; --load_in_4bit takes a model that is not")
     if tokenizer.eos_token_id is None:
@@ -712,8 +761,9 @@ def load_model(path: str, args: Arguments, device: torch.device, *, trainable: b
         nf4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
         nf4 = transformers.BitsAndBytesConfig(**nf4, bnb_4bit_compute_dtype=compute_dtype)
         options |= {"quantization_config": nf4, "device_map": {"": device}, "dtype": compute_dtype}
+    kind = transformers.AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     if args.load_in_4bit or dist.get_rank() == 0:
-        source = from_pretrained(AutoModelForCausalLM, base or path, args, **options)
+        source = from_pretrained(kind, base or path, args, **options)
         choose_forward_pass(source.train(trainable))
     if args.load_in_4bit:
         model = source
@@ -723,7 +773,7 @@ def load_model(path: str, args: Arguments, device: torch.device, *, trainable: b
     else:  # only rank 0 reads the weights: others would need as much memory. receive_weights distributes them
         with torch.device("meta"):
             options = {"dtype": base_dtype, "trust_remote_code": args.trust_remote_code}
-            model = AutoModelForCausalLM.from_config(config, **options)
+            model = kind.from_config(config, **options)
         model.to_empty(device="cpu").tie_weights()  # takes no memory before something is written there
         properties = source and (source.forward_pass, source.config._attn_implementation)
         model.forward_pass, attention = from_rank_0(properties)
@@ -806,7 +856,8 @@ def add_adapter(model, name: str, path: str | None, args: Arguments) -> None:
         if targets != "all-linear" and (unknown := sorted({*targets} - known)):
             fail(f"--lora_target_modules {unknown[0]}: this model has {' '.join(sorted(known))}")
         options = {"r": args.lora_r, "lora_alpha": args.lora_alpha, "lora_dropout": args.lora_dropout}
-        config = peft.LoraConfig(**options, target_modules=targets, task_type="CAUSAL_LM")
+        task_type = "SEQ_2_SEQ_LM" if model.config.is_encoder_decoder else "CAUSAL_LM"
+        config = peft.LoraConfig(**options, target_modules=targets, task_type=task_type)
         config.base_model_name_or_path = model.name_or_path
         torch.manual_seed(args.seed)  # all processes draw the same initial values
         peft.inject_adapter_in_model(config, model, name)  # model.add_adapter would ask for the newest peft
@@ -862,7 +913,8 @@ def shard(model, args: Arguments, device: torch.device, *, reshard_after_forward
     # Weights of 4 bits cannot be sharded: every process has all of them, and of the others that are frozen.
     is_4bit, options = getattr(model, "is_loaded_in_4bit", False), {"mesh": mesh, "mp_policy": precision}
     options["ignored_params"] = {p for p in model.parameters() if is_4bit and not p.requires_grad}
-    for layer in [m for m in model.modules() if type(m).__name__ in (model._no_split_modules or ())]:
+    layers = [m for m in model.modules() if type(m).__name__ in (model._no_split_modules or ())]
+    for layer in reversed(layers):  # inner ones first: MBart has attention within layers
         fully_shard(layer, **options)
     return fully_shard(model, **options, reshard_after_forward=reshard_after_forward)
 
@@ -891,7 +943,7 @@ def set_learning_rate(optimizer, step: int, steps: int, args: Arguments) -> floa
 def gathered(model, args: Arguments) -> Iterator[bool]:
     """Gather the weights once for a whole generation, if they fit into memory; yields whether they do."""
     fits = torch.ones((), device=model.device)
-    if model.device.type == "cuda":
+    if model.device.type == "cuda" and not model.config.is_encoder_decoder:  # generate() runs encoders alone
         size = sum(p.numel() * (2 if args.bf16 else p.element_size()) for p in model.parameters())
         free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
         fits *= size < 0.5 * free  # the rest is for keys and values
@@ -921,20 +973,23 @@ def generate(model, tokenizer, prompts: list[list[int]], args: Arguments, **samp
     pad = eos[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     # A fresh configuration: the checkpoint's temperature, top-k and so on must not change the distribution.
     sampling |= {"eos_token_id": eos, "pad_token_id": pad, "max_new_tokens": args.max_new_tokens}
+    decoder_prompt = decoder_prompt_of(model.config)
+    sampling |= {"decoder_start_token_id": decoder_prompt[0]} if decoder_prompt else {}
     model.generation_config = transformers.GenerationConfig(**sampling)
     model.eval()  # in training mode, gradient checkpointing would switch off the cache of keys and values
     shortest_first = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # so that padding is short
     completions, size = [[] for _ in prompts], args.generation_batch_size
-    left = {"batch_first": True, "padding_side": "left"}  # so that completions begin in the same column
+    side = {"batch_first": True, "padding_side": "right" if decoder_prompt else "left"}  # completions align
     with gathered(model, args) as full:
         for start in range(0, len(prompts), size):
             rows = shortest_first[start : start + size]
             part = [torch.tensor(prompts[row]) for row in rows]
-            ids = pad_sequence(part, padding_value=pad, **left).to(model.device)
-            mask = pad_sequence([torch.ones_like(prompt) for prompt in part], **left).to(model.device)
+            ids = pad_sequence(part, padding_value=pad, **side).to(model.device)
+            mask = pad_sequence([torch.ones_like(prompt) for prompt in part], **side).to(model.device)
             # If weights are gathered at every token, all processes must generate equally many.
             output = model.generate(input_ids=ids, attention_mask=mask, synced_gpus=not full)
-            for row, completion in zip(rows, output[:, ids.shape[1] :].tolist(), strict=True):
+            output = output[:, 1 if decoder_prompt else ids.shape[1] :].tolist()
+            for row, completion in zip(rows, output, strict=True):
                 completions[row] = completion
     model.train(was_training)
     model.generation_config = config
@@ -956,7 +1011,8 @@ def complete(policy, tokenizer, test: Data, args: Arguments, step: int) -> tuple
     columns["prompt"] = tokenizer.batch_decode(prompts, skip_special_tokens=True)
     for name, options in (("greedy", {"do_sample": False}), ("sampled", {"do_sample": True, "top_k": 0})):
         answers = generate(policy, tokenizer, prompts, args, **options)
-        columns[name] = decode_answers(tokenizer, prompts, answers)
+        before = [[] for _ in prompts] if test.decoder_prompt else prompts
+        columns[name] = decode_answers(tokenizer, before, answers)
     has_answers = "answer" in test.raw.column_names
     samples = gather_rows(columns | ({"answer": test.raw[rows]["answer"]} if has_answers else {}))
     metrics = {"exact_match": "greedy", "exact_match_sampled": "sampled"} if has_answers else {}
@@ -1326,7 +1382,8 @@ class Arguments:
     dataset_num_proc: int | None = arg(None, "processes that tokenize [1]")
     rename_columns: list[str] = arg([], "old=new names of columns, such as question=prompt")
     max_train_samples: int | None = arg(None, "use only so many rows of the training split [all]")
-    max_length: int = arg(1024, "tokens of prompt and completion; a longer completion is cut at the end")
+    max_length: int = arg(1024, "tokens of prompt and completion, or, with an encoder, of the prompt")
+    max_completion_length: int | None = arg(None, "tokens of a completion, with an encoder [max_length]")
     truncate_prompt: bool = arg(False, "cut the beginning of long prompts; otherwise their rows are dropped")
     learning_rate: float = arg(1e-6, "peak learning rate of AdamW; with LoRA, ten times the default")
     lr_scheduler_type: Literal["linear", "cosine", "constant"] = arg("linear", "decay after the warm-up")

@@ -8,8 +8,9 @@ y_w of a prompt x, while the odds of y_w grow against those of the rejected answ
     loss    = NLL - β log σ(log odds(y_w)/odds(y_l))   eq. 6 and 7, where β is called λ; its mean over pairs
 
 NLL is the mean negative log-probability per token over all prompt and chosen tokens of the batch, as in the
-authors' code by default; --no_prompt_loss leaves the prompts out, as the paper writes it. Differs from the
-authors' code: sequences are packed instead of padded, and log(1 - p) is exact for p near 1.
+authors' code by default; --no_prompt_loss leaves the prompts out, as the paper writes it. An encoder–decoder
+model does not predict prompts, so they are not in its NLL either. Differs from the authors' code: sequences
+are packed instead of padded, and log(1 - p) is exact for p near 1.
 
 What to expect: without a reference, the first loss and accuracy say how well the policy imitates and orders
 the pairs already. In the built-in example, 100 steps take the loss on held-out pairs from 1.15 to 0.22 and

@@ -310,6 +310,8 @@ def evaluate(policy, reference, decide, tokenizer, test: Data, args: Arguments, 
 def main(args: Arguments) -> None:
     rank, world, device = common.start(args)
     tokenizer = common.load_tokenizer(common.policy_path(args), args)
+    if tokenizer.decoder_prompt:
+        common.fail(f"{args.model_name_or_path} has an encoder; xpo.py is for models with a decoder alone")
     train, test = common.load_data(args, tokenizer, completions=())
     # The row numbers of all batches, (steps, batch_size), are the same on all processes.
     batches = common.global_batches(train, args)

@@ -101,7 +101,22 @@ WRONG = [  # method, flags, what is said
     ("dpo", "--model_name_or_path {dir}/nowhere --dataset_name {data}", "cannot load {dir}/nowhere"),
     ("orpo", "--model_name_or_path {dir}/pickled --dataset_name {data}", "safetensors"),
     ("dpo", "--model_name_or_path {dir}/custom --dataset_name {data}", "cannot load {dir}/custom"),
-    ("cpo", "--model_name_or_path {dir}/t5 --dataset_name {data}", "is of type t5, not a language model"),
+    ("cpo", "--model_name_or_path {dir}/no_start --dataset_name {data}", "no decoder_start_token_id"),
+    (
+        "xpo",
+        "--judge {dir}/judge.py:f --model_name_or_path {dir}/t5 --dataset_name {data}",
+        "has an encoder; xpo.py is",
+    ),
+    (
+        "orpo",
+        "--model_name_or_path {dir}/t5 --dataset_name {data} --truncate_prompt true",
+        "--truncate_prompt is for models without an encoder",
+    ),
+    (
+        "cpo",
+        "{model} {data} --max_completion_length 9",
+        "--max_completion_length is for models with an encoder",
+    ),
     ("dpo", "--model_name_or_path {dir}/clip --dataset_name {data}", "is of type clip, not a language"),
     ("dpo", "--model_name_or_path {dir}/no_eos --dataset_name {data}", "has no EOS token"),
     (
@@ -283,10 +298,11 @@ def wrong(tmp_path_factory) -> Path:
     )
 
     tokenizer = AutoTokenizer.from_pretrained(TOY_MODEL)
-    T5Config().save_pretrained(folder / "t5")
+    T5Config(decoder_start_token_id=0).save_pretrained(folder / "t5")
+    T5Config().save_pretrained(folder / "no_start")
     CLIPConfig().save_pretrained(folder / "clip")
     Gemma3Config().save_pretrained(folder / "vision")
-    for name in ("t5", "clip", "vision"):
+    for name in ("t5", "no_start", "clip", "vision"):
         tokenizer.save_pretrained(folder / name)
     tiny("llama", vocab_size=20).save_pretrained(folder / "small")
     tokenizer.save_pretrained(folder / "small")

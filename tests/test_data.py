@@ -628,7 +628,7 @@ def test_tokens_are_not_those_of_an_earlier_run_with_other_arguments_or_code(tmp
     assert load(path, max_length=3)[0].tokens["chosen"][:] == [ids("on")]
     # To the cache of datasets.map, a module's function is the same as long as its name is.
     edited, code = tmp_path / "common.py", Path(common.__file__).read_text()
-    edited.write_text(code.replace("ids[: max_length - len(prompt_ids)]", "ids[:1]"))
+    edited.write_text(code.replace("ids[:space]", "ids[:1]"))
     spec = importlib.util.spec_from_file_location("common", edited)
     module = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, "common", module)
