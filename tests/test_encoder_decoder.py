@@ -380,7 +380,7 @@ def test_a_split_batch_has_the_same_gradient(tmp_path):
 
 @pytest.mark.parametrize("kind", ["t5", "bart"])
 def test_dropout_is_off_in_training_and_in_the_configuration_that_is_saved(models, kind, tmp_path):
-    args = Arguments(str(models / kind), output_dir=str(tmp_path))
+    args = Arguments(str(models / kind), dataset_name="d", output_dir=str(tmp_path))
     model = common.load_model(str(models / kind), args, CPU, trainable=True)
     assert model.training and model.forward_pass == "encoded once"
     batch = batch_of(model, random_pairs(1, 2, high=8))
@@ -397,7 +397,7 @@ def test_dropout_is_off_in_training_and_in_the_configuration_that_is_saved(model
 def test_greedy_completions_are_those_of_single_prompts(kind):
     """Prompts of several lengths in one batch; a completion ends with its EOS."""
     model, tokenizer = tiny(kind, vocab_size=43, seed=3).eval(), tokenizer_of(kind)
-    args = Arguments("none", max_new_tokens=9, per_device_eval_batch_size=5)
+    args = Arguments("none", max_new_tokens=9, generation_batch_size=5)
     prompts = [[i % 43 for i in prompt] for prompt, *_ in random_pairs(4, 12)]
     start = common.decoder_prompt_of(model.config)
     found = common.generate(model, tokenizer, prompts, args, do_sample=False)
