@@ -9,6 +9,7 @@ import difflib
 import glob
 import hashlib
 import importlib.util
+import inspect
 import json
 import math
 import os
@@ -69,7 +70,7 @@ class Batch:
     with another number of completions for each prompt has that number of rows for each prompt.
     """
 
-    inputs: dict[str, Tensor]  # for model(**inputs): input_ids (2B, L) and attention_mask (2B, L)
+    inputs: dict[str, Tensor]  # for model(**inputs): input_ids and attention_mask (2B, L), perhaps pixels
     labels: Tensor  # (2B, L)
     completions: Tensor  # (2B, L) bool: whether the label is a token of a completion
     scored: Tensor  # (2B, L) bool: whether its log-probability is wanted: completions, for ORPO also prompts
@@ -130,11 +131,13 @@ def logits_of(model, hidden: Tensor) -> Tensor:
     return model.get_output_embeddings()(hidden * (scale / divisor))  # Cohere has a scale, Granite a divisor
 
 
-def collate(examples: list[tuple], device: torch.device, *, score_prompts: bool = False, **counts) -> Batch:
+def collate(examples: list[tuple], device, *, score_prompts=False, unlabeled=(), **counts) -> Batch:
     """A Batch of examples (prompt, chosen, rejected) of token ids; `counts` are its last fields."""
     # All processes must run a sharded model equally often: without examples, on a token that has no label.
     inputs = examples or [([0], [0])]
-    sequences = [(prompt, y) for prompt, *completions in inputs for y in completions]
+    sequences = [(prompt, y) for prompt, *completions in examples for y in completions]
+    labeled = slice(len(sequences))
+    sequences += unlabeled or [([0], [0])] * (not examples)
     tokens = [torch.tensor([*prompt, *y]) for prompt, y in sequences]
     tokens = pad_sequence(tokens, batch_first=True)  # (2B, L + 1)
     prompt_ends = torch.tensor([[len(prompt)] for prompt, _ in sequences])  # (2B, 1)
@@ -145,7 +148,6 @@ def collate(examples: list[tuple], device: torch.device, *, score_prompts: bool 
     scored = completions.clone()
     if score_prompts:  # once for each prompt, in its first row
         scored[:: len(inputs[0]) - 1] = has_label[:: len(inputs[0]) - 1]
-    labeled = slice(len(sequences) if examples else 0)
     tensors = {"labels": tokens[labeled, 1:], "completions": completions[labeled], "scored": scored[labeled]}
     tensors["inputs"] = {"input_ids": tokens[:, :-1], "attention_mask": has_label.long()}
     tensors |= pack(inputs, scored[labeled])
@@ -219,6 +221,8 @@ def choose_forward_pass(model) -> None:
     try:
         if getattr(config, "attention_chunk_size", None) or getattr(config, "output_router_logits", False):
             raise NotImplementedError("attention within chunks, or a load-balancing loss")
+        if hasattr(model.config, "vision_config"):
+            raise NotImplementedError("positions of images")
         model.set_attn_implementation("packed")
         difference = (token_logps(model, batch) - want).abs().max().item()
         if not difference < (5e-3 if model.dtype == torch.bfloat16 else 5e-5) * want.abs().max().item():
@@ -255,6 +259,7 @@ class Data(NamedTuple):
     tokens: datasets.Dataset  # token ids: column `prompt`, and a column for each completion
     lengths: np.ndarray  # (n, 1 + completions) the numbers of these tokens
     score_prompts: bool = False  # whether batches score the tokens of prompts as well
+    vision: Vision | None = None  # makes the pixels of a batch
 
 
 def load_data(args: Arguments, tokenizer, completions=("chosen", "rejected"), *, score_prompts=False):
@@ -269,6 +274,7 @@ def load_data(args: Arguments, tokenizer, completions=("chosen", "rejected"), *,
     data = [tokenize_split(raw, name, args, tokenizer, columns, score_prompts) for name, raw in splits]
     data = hold_out(*data) if args.eval_strategy != "no" and not tests else data
     used = {*columns, "chosen", "rejected", "answer", "tools", "chat_template_kwargs"}
+    used |= {"image", "images"} if data[0].vision else set()
     if unused := [name for name in data[0].raw.column_names if name not in used]:
         say(f"columns that are not used: {', '.join(unused)}")
     if tokenizer.chat_template and isinstance(split_prompt(data[0].raw[0])[0], str):
@@ -330,6 +336,10 @@ def tokenize_split(raw, name: str, args: Arguments, tokenizer, columns: tuple, s
     found = f"; found {', '.join(raw.column_names)}; {hint}"
     if not {*completions} <= {*raw.column_names} or not {prompt, "chosen"} & {*raw.column_names}:
         fail(f"the {name} split needs columns {', '.join(columns)}{found}")
+    vision = getattr(tokenizer, "vision", None)
+    for column in {"image", "images"} & {*raw.column_names} if vision else ():
+        kind = datasets.Image(decode=False)
+        raw = raw.cast_column(column, kind if column == "image" else datasets.List(kind))
     options = dict(tokenizer=tokenizer, completions=completions, max_length=args.max_length)
     options |= dict(room=1 if completions else args.max_new_tokens, truncate_prompt=args.truncate_prompt)
     features = dict.fromkeys(columns, datasets.List(datasets.Value("int32")))
@@ -362,7 +372,7 @@ def tokenize_split(raw, name: str, args: Arguments, tokenizer, columns: tuple, s
     means = ", ".join(f"{column} {n.mean():.0f}" for column, n in zip(columns, lengths, strict=True))
     say(f"{len(kept)} rows in the {name} split; tokens on average: {means}")
     tokens = tokens.select(kept).select_columns([*columns])
-    return Data(raw.select(kept), tokens, np.stack(lengths, axis=1), score_prompts)
+    return Data(raw.select(kept), tokens, np.stack(lengths, axis=1), score_prompts, vision)
 
 
 def tokenize(row: dict, tokenizer, completions: list[str], max_length: int, room: int, truncate_prompt=False):
@@ -373,6 +383,8 @@ def tokenize(row: dict, tokenizer, completions: list[str], max_length: int, room
         is_chat = all(isinstance(turn, dict) and "role" in turn for turn in turns)
         if not isinstance(row[name], str | list | None) or not is_chat:
             raise ValueError(f"{name} is {row[name]!r:.50}, not a text or messages with role and content")
+    vision = getattr(tokenizer, "vision", None)
+    images = vision.images(row) if vision else []
     try:
         prompt, *answers = split_prompt(row, completions)
         answers = answers[: len(completions)]  # a method that samples has no completions
@@ -396,11 +408,15 @@ def tokenize(row: dict, tokenizer, completions: list[str], max_length: int, room
             return [prompt_ids[:shared], *(ids[shared:] for ids in whole)]
 
         parts = encode_parts(prompt or "")
-        if truncate_prompt and len(parts[0]) + room > max_length:
+        if truncate_prompt and not images and len(parts[0]) + room > max_length:
             room_for_completions = max(room, min(max_length // 2, max(map(len, parts[1:]), default=0)))
             space = max_length - room_for_completions
             parts = cut_prompt(prompt, parts, encode_parts, space, tokenizer.bos_token_id)
             result["notes"].append("have a prompt that is cut at its beginning")
+        if vision:
+            parts[0] = vision.expand(parts[0], images)
+            if any(vision.placeholder in ids for ids in parts[1:]):
+                raise ValueError("a completion has an image")
     except Exception as error:  # also of a chat template
         return result | {"problem": f"it cannot be tokenized: {first_line(error)}"}
     # In messages, only the template may write special tokens: an <|im_end|> in a text would end its turn.
@@ -413,7 +429,8 @@ def tokenize(row: dict, tokenizer, completions: list[str], max_length: int, room
     prompt_ids = prompt_ids or [tokenizer.bos_token_id]  # something has to predict a completion's first token
     if len(prompt_ids) + room > max_length:
         problem = f"the prompt leaves no room for a completion in max_length {max_length}"
-        return result | {"problem": problem + "; --truncate_prompt keeps its end" * (not truncate_prompt)}
+        can_cut = not truncate_prompt and not images
+        return result | {"problem": problem + "; --truncate_prompt keeps its end" * can_cut}
     if any(len(prompt_ids) + len(ids) > max_length for ids in answers):
         result["notes"].append(f"have a completion that is cut at max_length {max_length}")
     ids = {name: ids[: max_length - len(prompt_ids)] for name, ids in zip(completions, answers, strict=True)}
@@ -457,22 +474,62 @@ def split_prompt(row: dict, completions: list[str] | None = None) -> list:
 
 
 def clean(value):
-    """Messages or tools without the None that Arrow adds, and with content that is in parts as one text."""
+    """Messages or tools without the None that Arrow adds, and with content in parts of text as one text."""
     if isinstance(value, list):
         return [clean(item) for item in value]
     if not isinstance(value, dict):
         return value
     value = {name: clean(item) for name, item in value.items() if item is not None}
     if isinstance(value.get("content"), list):
-        if others := {part.get("type") for part in value["content"]} - {"text"}:
-            raise ValueError(f"a message has a part of type {min(map(str, others))}, and only text is read")
-        value["content"] = "".join(part["text"] for part in value["content"])
+        kinds = {part.get("type") for part in value["content"]}
+        if others := kinds - {"text", "image"}:
+            raise ValueError(f"a message has a part of type {min(map(str, others))}, which is not read")
+        if "image" not in kinds:
+            value["content"] = "".join(part["text"] for part in value["content"])
     return value
 
 
 def shared_length(a: list, b: list) -> int:
     """How many elements two lists have in common at their beginning."""
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
+def in_parts(content) -> list[dict]:
+    return content if isinstance(content, list) else [{"type": "text", "text": content}]
+
+
+class Vision:
+    """The processor of a vision–language model, and how its data are read."""
+
+    def __init__(self, processor, model_class, folder: Path):
+        self.processor, self.folder = processor, folder  # in which the names of image files are looked up
+        name = getattr(processor, "boi_token", processor.image_token)  # what a template writes for an image
+        self.placeholder = processor.tokenizer.convert_tokens_to_ids(name)
+        self.accepted = {*inspect.signature(model_class.forward).parameters}
+        # All processes must run the vision tower equally often: without an image, on a blank one.
+        self.blank_image = np.full((32, 32, 3), 255, dtype=np.uint8)
+        self.blank_prompt = self.expand([self.placeholder], [self.blank_image])
+
+    def images(self, row: dict) -> list:
+        """The images of a row of a dataset."""
+        found = [x for x in row.get("images") or [row.get("image")] if x]
+        named = [{"bytes": x["bytes"], "path": str(self.folder / (x["path"] or ""))} for x in found]
+        return [datasets.Image().decode_example(x).convert("RGB") for x in named]
+
+    def expand(self, ids: list[int], images: list) -> list[int]:
+        """The tokens of a prompt with those of an image, which are many, in the place of each placeholder."""
+        if ids.count(self.placeholder) != len(images):
+            raise ValueError(f"{len(images)} images for {ids.count(self.placeholder)} places in the prompt")
+        name, rest = self.processor.tokenizer.convert_ids_to_tokens(self.placeholder), iter(images)
+        of_image = lambda image: self.processor(image, name, add_special_tokens=False)["input_ids"][0]
+        return sum([of_image(next(rest)) if x == self.placeholder else [x] for x in ids], [])
+
+    def inputs(self, input_ids: Tensor, images: list) -> dict[str, Tensor]:
+        """What the model takes besides input_ids, which have places for these images."""
+        found = self.processor.image_processor(images or [self.blank_image], return_tensors="pt")
+        is_image = (input_ids == self.processor.image_token_id).long()
+        found |= {"token_type_ids": is_image, "mm_token_type_ids": is_image}
+        return {name: x.to(input_ids.device) for name, x in found.items() if name in self.accepted}
 
 
 def encode(tokenizer, prompt, completion=None, *, ended: bool = True, **template) -> list[int]:
@@ -485,6 +542,10 @@ def encode(tokenizer, prompt, completion=None, *, ended: bool = True, **template
             content = [turn.get("content") or "" for turn in (prompt[-1], completion[0])]
             prompt, completion = [*prompt[:-1], prompt[-1] | {"content": "".join(content)}], completion[1:]
         messages = prompt + (completion or [])
+        if hasattr(tokenizer, "vision"):  # templates for images want all content in parts
+            messages = [turn | {"content": in_parts(turn.get("content") or "")} for turn in messages]
+        elif any(isinstance(turn.get("content"), list) for turn in messages):
+            raise ValueError("a message has a part of type image, and only text is read")
         is_open = messages[-1]["role"] == "assistant" and (completion is None or not ended)
         how = {"continue_final_message": is_open, "add_generation_prompt": completion is None and not is_open}
         return tokenizer.apply_chat_template(messages, return_dict=False, **template, **how)
@@ -527,7 +588,13 @@ def micro_batches(data: Data, rows: np.ndarray, size: int, device: torch.device)
         part = mine[start : start + size]
         examples = list(zip(*data.tokens[part].values(), strict=True)) if len(part) else []
         counts = {"rows": part, "global_pairs": len(rows), "global_tokens": token_counts}
-        yield collate(examples, device, score_prompts=data.score_prompts, **counts)
+        images = [data.vision.images(data.raw[int(row)]) for row in part] if data.vision else []
+        images = [image for found in images for image in 2 * found]  # of the chosen row and the rejected one
+        blank = [(data.vision.blank_prompt, [0])] if data.vision and not images else []
+        batch = collate(examples, device, score_prompts=data.score_prompts, unlabeled=blank, **counts)
+        if data.vision:
+            batch.inputs |= data.vision.inputs(batch.inputs["input_ids"], images)
+        yield batch
 
 
 # --------------------------------------------------------------------------------------- processes and models
@@ -616,9 +683,15 @@ def load_tokenizer(path: str, args: Arguments):
     has_tokenizer = base == path or has_file(path, "tokenizer_config.json", revision=revision)
     tokenizer = from_pretrained(transformers.AutoTokenizer, path if has_tokenizer else base, args)
     config = from_pretrained(AutoConfig, base, args)
-    known = type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING or args.trust_remote_code
-    if config.is_encoder_decoder or not known or getattr(config, "vision_config", None):
+    if not (kind := model_kind(config, args)):
         fail(f"{path} is of type {config.model_type}, not a language model with a decoder alone")
+    if kind is transformers.AutoModelForImageTextToText:
+        processor, data = from_pretrained(transformers.AutoProcessor, base, args), Path(args.dataset_name)
+        with one_line(f"cannot use the processor of {base}"):
+            tokenizer = processor.tokenizer
+            tokenizer.chat_template = processor.chat_template or tokenizer.chat_template
+            model_class = kind._model_mapping[type(config)]
+            tokenizer.vision = Vision(processor, model_class, data if data.is_dir() else data.parent)
     if getattr(config, "quantization_config", None):
         fail(f"the weights of {base} are quantized already; --load_in_4bit takes a model that is not")
     if tokenizer.eos_token_id is None:
@@ -628,22 +701,35 @@ def load_tokenizer(path: str, args: Arguments):
     return tokenizer
 
 
+def model_kind(config, args):
+    """The class that loads a model of a configuration; None for models that a method cannot train."""
+    if getattr(config, "vision_config", None):  # the methods that train such models have this argument
+        known = type(config) in transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+        known = known and hasattr(args, "freeze_vision_tower") and config.model_type != "paligemma"
+        return transformers.AutoModelForImageTextToText if known else None
+    known = type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING or args.trust_remote_code
+    return AutoModelForCausalLM if known and not config.is_encoder_decoder else None
+
+
 def load_model(path: str, args: Arguments, device: torch.device, *, trainable: bool, updated: bool = False):
     """A model or LoRA adapter, sharded over all processes, with the method `token_logps` of this file."""
     # Dropout is off, so that policy and reference agree exactly before the first step. Weights that are
     # neither trained nor `updated` in another way are kept in bfloat16 if args.bf16 says to compute in it.
     base = adapter_base(path, args)
     config = from_pretrained(AutoConfig, base or path, args)
-    dropout = {k: value for k, value in config.to_dict().items() if "drop" in k and isinstance(value, float)}
+    dropout = []
+    for part in with_parts(config):
+        dropout.append({k: p for k, p in vars(part).items() if "drop" in k and isinstance(p, float)})
+        part.update(dict.fromkeys(dropout[-1], 0.0))
     dtype = compute_dtype = getattr(torch, args.dtype)
     if args.bf16:
         compute_dtype = torch.bfloat16
-    options = {"dtype": dtype} | dict.fromkeys(dropout, 0.0)
+    options = {"dtype": dtype, "config": config}
     if args.load_in_4bit:
         nf4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
         nf4 = transformers.BitsAndBytesConfig(**nf4, bnb_4bit_compute_dtype=compute_dtype)
         options |= {"quantization_config": nf4, "device_map": {"": device}, "dtype": compute_dtype}
-    model = from_pretrained(AutoModelForCausalLM, base or path, args, **options)
+    model = from_pretrained(model_kind(config, args), base or path, args, **options)
     shapes = [p.quant_state.shape for p in model.parameters() if hasattr(p, "quant_state")]
     if device.type == "cpu" and any(inputs % 64 for _, inputs in shapes):
         fail(f"on a CPU, --load_in_4bit needs sizes that are multiples of 64, which those of {path} are not")
@@ -664,6 +750,11 @@ def load_model(path: str, args: Arguments, device: torch.device, *, trainable: b
     model.token_logps = MethodType(token_logps, model)
     register_fsdp_forward_method(model, "token_logps")
     return model
+
+
+def with_parts(config) -> list:
+    """A configuration and those in it, of a vision tower and a language model."""
+    return [config, *(getattr(config, name) for name in config.sub_configs)]
 
 
 def policy_path(args, adapter_name: str | None = None) -> str:
@@ -708,6 +799,9 @@ def add_adapter(model, name: str, path: str | None, args: Arguments) -> None:
         if targets != "all-linear" and (unknown := sorted({*targets} - known)):
             fail(f"--lora_target_modules {unknown[0]}: this model has {' '.join(sorted(known))}")
         options = {"r": args.lora_r, "lora_alpha": args.lora_alpha, "lora_dropout": args.lora_dropout}
+        if hasattr(model.config, "vision_config"):  # leave out what is not in the language model
+            names = {module: name for name, module in model.named_modules()}
+            options["exclude_modules"] = rf"(?!{names[model.get_decoder()]}\.).*"
         config = peft.LoraConfig(**options, target_modules=targets, task_type="CAUSAL_LM")
         config.base_model_name_or_path = model.name_or_path
         torch.manual_seed(args.seed)  # all processes draw the same initial values
@@ -817,7 +911,7 @@ def eos_ids(model, tokenizer) -> list[int]:
 
 
 @torch.no_grad()
-def generate(model, tokenizer, prompts: list[list[int]], args: Arguments, **sampling) -> list[list[int]]:
+def generate(model, tokenizer, prompts: list[list[int]], args: Arguments, images=(), **sampling) -> list:
     """One completion for each prompt: token ids that end in EOS, unless max_new_tokens cut them off."""
     was_training, config, eos = model.training, model.generation_config, eos_ids(model, tokenizer)
     pad = eos[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
@@ -825,16 +919,19 @@ def generate(model, tokenizer, prompts: list[list[int]], args: Arguments, **samp
     sampling |= {"eos_token_id": eos, "pad_token_id": pad, "max_new_tokens": args.max_new_tokens}
     model.generation_config = transformers.GenerationConfig(**sampling)
     model.eval()  # in training mode, gradient checkpointing would switch off the cache of keys and values
-    completions, size = [], args.per_device_eval_batch_size
+    completions, size, vision = [], args.per_device_eval_batch_size, getattr(tokenizer, "vision", None)
     left = {"batch_first": True, "padding_side": "left"}  # so that completions begin in the same column
     with gathered(model, args) as full:
         for start in range(0, len(prompts), size):
             part = [torch.tensor(prompt) for prompt in prompts[start : start + size]]
+            n, shown = len(part), [image for found in images[start : start + size] for image in found]
+            part += [torch.tensor(vision.blank_prompt)] if vision and not shown else []
             ids = pad_sequence(part, padding_value=pad, **left).to(model.device)
             mask = pad_sequence([torch.ones_like(prompt) for prompt in part], **left).to(model.device)
+            inputs = {"input_ids": ids, "attention_mask": mask} | (vision.inputs(ids, shown) if vision else {})
             # If weights are gathered at every token, all processes must generate equally many.
-            output = model.generate(input_ids=ids, attention_mask=mask, synced_gpus=not full)
-            completions += output[:, ids.shape[1] :].tolist()
+            output = model.generate(**inputs, synced_gpus=not full)
+            completions += output[:n, ids.shape[1] :].tolist()
     model.train(was_training)
     model.generation_config = config
     ends = [next((i + 1 for i, token in enumerate(y) if token in eos), len(y)) for y in completions]
@@ -852,8 +949,9 @@ def complete(policy, tokenizer, test: Data, args: Arguments, step: int) -> tuple
     torch.manual_seed(hash((args.seed, step, rank, 1)))  # four numbers: not the seed of a training step
     columns = {"step": [step] * len(rows), "row": rows}
     columns["prompt"] = tokenizer.batch_decode(prompts, skip_special_tokens=True)
+    images = [test.vision.images(test.raw[row]) for row in rows] if test.vision else []
     for name, options in (("greedy", {"do_sample": False}), ("sampled", {"do_sample": True, "top_k": 0})):
-        answers = generate(policy, tokenizer, prompts, args, **options)
+        answers = generate(policy, tokenizer, prompts, args, images, **options)
         columns[name] = decode_answers(tokenizer, prompts, answers)
     has_answers = "answer" in test.raw.column_names
     samples = gather_rows(columns | ({"answer": test.raw[rows]["answer"]} if has_answers else {}))
@@ -1140,7 +1238,8 @@ FINISHED = """finished: DIR has the model, metrics.jsonl, and samples in complet
 
 def save_model(args: Arguments, policy, tokenizer) -> None:
     """Save model and tokenizer for from_pretrained(output_dir), and upload them to the Hub if asked to."""
-    on_rank_0 = dsd.StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
+    on_rank_0 = dsd.StateDictOptions(full_state_dict=True, cpu_offload=True)
+    on_rank_0.ignore_frozen_params = policy.adapted  # but a vision tower that is frozen is saved
     weights = dsd.get_model_state_dict(policy, options=on_rank_0)
     if dist.get_rank() == 0:
         # Tied weights are saved under one name.
@@ -1154,9 +1253,10 @@ def save_model(args: Arguments, policy, tokenizer) -> None:
                 config.base_model_name_or_path = str(Path(base).resolve())
             config.save_pretrained(args.output_dir)
         else:
-            policy.config.update(policy.original_dropout)
+            for part, dropout in zip(with_parts(policy.config), policy.original_dropout, strict=True):
+                part.update(dropout)
             policy.save_pretrained(args.output_dir, state_dict=weights)
-        tokenizer.save_pretrained(args.output_dir)
+        (tokenizer.vision.processor if hasattr(tokenizer, "vision") else tokenizer).save_pretrained(args.output_dir)
         if args.push_to_hub:
             hub, name = huggingface_hub.HfApi(), args.hub_model_id or Path(args.output_dir).name
             name = hub.create_repo(name, exist_ok=True).repo_id

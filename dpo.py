@@ -151,6 +151,8 @@ def main(args: Arguments) -> None:
     # The row numbers of all batches, (steps, batch_size), are the same on all processes.
     batches = common.global_batches(train, args)
     policy = common.load_model(common.policy_path(args), args, device, trainable=True)
+    if args.freeze_vision_tower:
+        policy.get_encoder(modality="image").requires_grad_(False)
     reference = load_reference(args, device, tokenizer, policy)
     optimizer = common.adamw(policy, args)
     bco_rewards = torch.zeros(2, dtype=torch.float64)  # BCO: sum of mean rewards, and number of steps
@@ -491,6 +493,7 @@ class Arguments(common.Arguments):
     ld_alpha: float | None = arg(None, "weight of tokens past the shorter answer's end (LD-DPO, 2409.06411)")
     ref_model_name_or_path: str | None = arg(None, "the reference [the policy as it is before training]")
     ref_adapter_name: str | None = arg(None, "the reference: an adapter in a folder of model_name_or_path")
+    freeze_vision_tower: bool = arg(False, "train the rest of a vision–language model")
     precompute_ref_log_probs: bool = arg(False, "compute those of the reference first, then free it")
     sync_ref_model: bool = arg(False, "let the reference follow the policy (TR-DPO, 2404.09656)")
     ref_model_sync_steps: int = arg(512, "steps between updates of the reference")
