@@ -896,8 +896,11 @@ def gathered(model, args: Arguments) -> Iterator[bool]:
     hooks = [(part._forward_pre_hooks, part._forward_hooks) for part in parts]
     for part in parts:
         part.unshard()
-        # Remove the hooks that would gather and shard the weights again at every layer of every token.
-        part._forward_pre_hooks, part._forward_hooks = {}, {}
+        # Remove the hooks that would gather and shard the weights again at every layer of every token. They are
+        # methods, of FSDP's state; transformers has hooks as well, which collect the outputs of layers.
+        for name in ("_forward_pre_hooks", "_forward_hooks"):
+            kept = {i: hook for i, hook in getattr(part, name).items() if not hasattr(hook, "__self__")}
+            setattr(part, name, kept)
     yield bool(fits)
     for part, (before, after) in zip(parts, hooks, strict=True):
         part._forward_pre_hooks, part._forward_hooks = before, after
