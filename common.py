@@ -131,13 +131,15 @@ def logits_of(model, hidden: Tensor) -> Tensor:
     return model.get_output_embeddings()(hidden * (scale / divisor))  # Cohere has a scale, Granite a divisor
 
 
-def collate(examples: list[tuple], device, *, score_prompts=False, unlabeled=(), **counts) -> Batch:
+def collate(examples: list[tuple], device, *, score_prompts=False, vision=None, images=(), **counts) -> Batch:
     """A Batch of examples (prompt, chosen, rejected) of token ids; `counts` are its last fields."""
     # All processes must run a sharded model equally often: without examples, on a token that has no label.
+    # Without images, they run the vision tower on a blank one, in a row that has no label either.
     inputs = examples or [([0], [0])]
     sequences = [(prompt, y) for prompt, *completions in examples for y in completions]
     labeled = slice(len(sequences))
-    sequences += unlabeled or [([0], [0])] * (not examples)
+    sequences += [(vision.blank_prompt, [0])] if vision and not images else []
+    sequences = sequences or [([0], [0])]
     tokens = [torch.tensor([*prompt, *y]) for prompt, y in sequences]
     tokens = pad_sequence(tokens, batch_first=True)  # (2B, L + 1)
     prompt_ends = torch.tensor([[len(prompt)] for prompt, _ in sequences])  # (2B, 1)
@@ -150,6 +152,8 @@ def collate(examples: list[tuple], device, *, score_prompts=False, unlabeled=(),
         scored[:: len(inputs[0]) - 1] = has_label[:: len(inputs[0]) - 1]
     tensors = {"labels": tokens[labeled, 1:], "completions": completions[labeled], "scored": scored[labeled]}
     tensors["inputs"] = {"input_ids": tokens[:, :-1], "attention_mask": has_label.long()}
+    if vision:
+        tensors["inputs"] |= vision.inputs(tokens[:, :-1], images)
     tensors |= pack(inputs, scored[labeled])
     if device.type == "cuda":  # without making the host wait
         tensors = tree_map_only(Tensor, lambda x: x.pin_memory().to(device, non_blocking=True), tensors)
@@ -221,8 +225,8 @@ def choose_forward_pass(model) -> None:
     try:
         if getattr(config, "attention_chunk_size", None) or getattr(config, "output_router_logits", False):
             raise NotImplementedError("attention within chunks, or a load-balancing loss")
-        if hasattr(model.config, "vision_config"):
-            raise NotImplementedError("positions of images")
+        if getattr(model.config, "vision_config", None):
+            raise NotImplementedError("it reads images")
         model.set_attn_implementation("packed")
         difference = (token_logps(model, batch) - want).abs().max().item()
         if not difference < (5e-3 if model.dtype == torch.bfloat16 else 5e-5) * want.abs().max().item():
@@ -259,7 +263,7 @@ class Data(NamedTuple):
     tokens: datasets.Dataset  # token ids: column `prompt`, and a column for each completion
     lengths: np.ndarray  # (n, 1 + completions) the numbers of these tokens
     score_prompts: bool = False  # whether batches score the tokens of prompts as well
-    vision: Vision | None = None  # makes the pixels of a batch
+    vision: Vision | None = None  # what reads the images of `raw`, if the model takes images
 
 
 def load_data(args: Arguments, tokenizer, completions=("chosen", "rejected"), *, score_prompts=False):
@@ -277,7 +281,7 @@ def load_data(args: Arguments, tokenizer, completions=("chosen", "rejected"), *,
     used |= {"image", "images"} if data[0].vision else set()
     if unused := [name for name in data[0].raw.column_names if name not in used]:
         say(f"columns that are not used: {', '.join(unused)}")
-    if tokenizer.chat_template and isinstance(split_prompt(data[0].raw[0])[0], str):
+    if tokenizer.chat_template and isinstance(split_prompt(data[0].raw[0], images=True)[0], str):
         message = '"prompt": [{"role": "user", "content": ...}]'
         say(f"texts are joined as they are, without a space; the chat template is for messages: {message}")
     example = {name: tokenizer.decode(ids) for name, ids in data[0].tokens[0].items()}
@@ -336,10 +340,6 @@ def tokenize_split(raw, name: str, args: Arguments, tokenizer, columns: tuple, s
     found = f"; found {', '.join(raw.column_names)}; {hint}"
     if not {*completions} <= {*raw.column_names} or not {prompt, "chosen"} & {*raw.column_names}:
         fail(f"the {name} split needs columns {', '.join(columns)}{found}")
-    vision = getattr(tokenizer, "vision", None)
-    for column in {"image", "images"} & {*raw.column_names} if vision else ():
-        kind = datasets.Image(decode=False)
-        raw = raw.cast_column(column, kind if column == "image" else datasets.List(kind))
     options = dict(tokenizer=tokenizer, completions=completions, max_length=args.max_length)
     options |= dict(room=1 if completions else args.max_new_tokens, truncate_prompt=args.truncate_prompt)
     features = dict.fromkeys(columns, datasets.List(datasets.Value("int32")))
@@ -372,6 +372,7 @@ def tokenize_split(raw, name: str, args: Arguments, tokenizer, columns: tuple, s
     means = ", ".join(f"{column} {n.mean():.0f}" for column, n in zip(columns, lengths, strict=True))
     say(f"{len(kept)} rows in the {name} split; tokens on average: {means}")
     tokens = tokens.select(kept).select_columns([*columns])
+    vision = getattr(tokenizer, "vision", None)
     return Data(raw.select(kept), tokens, np.stack(lengths, axis=1), score_prompts, vision)
 
 
@@ -384,9 +385,9 @@ def tokenize(row: dict, tokenizer, completions: list[str], max_length: int, room
         if not isinstance(row[name], str | list | None) or not is_chat:
             raise ValueError(f"{name} is {row[name]!r:.50}, not a text or messages with role and content")
     vision = getattr(tokenizer, "vision", None)
-    images = vision.images(row) if vision else []
+    images = vision.read(row) if vision else []  # outside of `try`: if one cannot be read, the program ends
     try:
-        prompt, *answers = split_prompt(row, completions)
+        prompt, *answers = split_prompt(row, completions, images=bool(vision))
         answers = answers[: len(completions)]  # a method that samples has no completions
         for name, y in zip(completions, answers, strict=True):
             last = y[-1] if y and isinstance(y, list) else {"content": y}
@@ -413,10 +414,7 @@ def tokenize(row: dict, tokenizer, completions: list[str], max_length: int, room
             space = max_length - room_for_completions
             parts = cut_prompt(prompt, parts, encode_parts, space, tokenizer.bos_token_id)
             result["notes"].append("have a prompt that is cut at its beginning")
-        if vision:
-            parts[0] = vision.expand(parts[0], images)
-            if any(vision.placeholder in ids for ids in parts[1:]):
-                raise ValueError("a completion has an image")
+        parts = vision.insert(images, *parts) if vision else parts
     except Exception as error:  # also of a chat template
         return result | {"problem": f"it cannot be tokenized: {first_line(error)}"}
     # In messages, only the template may write special tokens: an <|im_end|> in a text would end its turn.
@@ -429,8 +427,8 @@ def tokenize(row: dict, tokenizer, completions: list[str], max_length: int, room
     prompt_ids = prompt_ids or [tokenizer.bos_token_id]  # something has to predict a completion's first token
     if len(prompt_ids) + room > max_length:
         problem = f"the prompt leaves no room for a completion in max_length {max_length}"
-        can_cut = not truncate_prompt and not images
-        return result | {"problem": problem + "; --truncate_prompt keeps its end" * can_cut}
+        remedy = "" if truncate_prompt or images else "; --truncate_prompt keeps its end"
+        return result | {"problem": problem + remedy}
     if any(len(prompt_ids) + len(ids) > max_length for ids in answers):
         result["notes"].append(f"have a completion that is cut at max_length {max_length}")
     ids = {name: ids[: max_length - len(prompt_ids)] for name, ids in zip(completions, answers, strict=True)}
@@ -454,11 +452,11 @@ def cut_prompt(prompt, parts: list[list[int]], encode_parts: Callable, space: in
     return parts
 
 
-def split_prompt(row: dict, completions: list[str] | None = None) -> list:
+def split_prompt(row: dict, completions: list[str] | None = None, images: bool = False) -> list:
     """[prompt, *completions] of a row, all texts or all lists of messages; by default of the row's pair."""
     # Without a prompt, a pair's shared beginning, in whole words or messages, is its prompt.
     names = completions or [name for name in ("chosen", "rejected") if row.get(name)]
-    prompt, answers = clean(row.get("prompt")), [clean(row[name]) for name in names]
+    prompt, answers = clean(row.get("prompt"), images), [clean(row[name], images) for name in names]
     if isinstance(prompt, list):
         answers = [[{"role": "assistant", "content": y}] if isinstance(y, str) else y for y in answers]
     if isinstance(prompt, str) and answers and isinstance(answers[0], list):
@@ -473,17 +471,17 @@ def split_prompt(row: dict, completions: list[str] | None = None) -> list:
     return ["".join(part) for part in parts] if is_text else parts
 
 
-def clean(value):
-    """Messages or tools without the None that Arrow adds, and with content in parts of text as one text."""
+def clean(value, images: bool = False):
+    """Messages or tools without the None that Arrow adds, and with content that is in texts as one."""
     if isinstance(value, list):
-        return [clean(item) for item in value]
+        return [clean(item, images) for item in value]
     if not isinstance(value, dict):
         return value
-    value = {name: clean(item) for name, item in value.items() if item is not None}
+    value = {name: clean(item, images) for name, item in value.items() if item is not None}
     if isinstance(value.get("content"), list):
         kinds = {part.get("type") for part in value["content"]}
-        if others := kinds - {"text", "image"}:
-            raise ValueError(f"a message has a part of type {min(map(str, others))}, which is not read")
+        if others := kinds - {"text"} - {"image" if images else "text"}:
+            raise ValueError(f"a message has a part of type {min(map(str, others))}, and only text is read")
         if "image" not in kinds:
             value["content"] = "".join(part["text"] for part in value["content"])
     return value
@@ -494,42 +492,45 @@ def shared_length(a: list, b: list) -> int:
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
-def in_parts(content) -> list[dict]:
-    return content if isinstance(content, list) else [{"type": "text", "text": content}]
-
-
 class Vision:
-    """The processor of a vision–language model, and how its data are read."""
+    """The processor of a vision–language model: it reads images, and makes tokens and pixels of them."""
 
-    def __init__(self, processor, model_class, folder: Path):
-        self.processor, self.folder = processor, folder  # in which the names of image files are looked up
-        name = getattr(processor, "boi_token", processor.image_token)  # what a template writes for an image
-        self.placeholder = processor.tokenizer.convert_tokens_to_ids(name)
-        self.accepted = {*inspect.signature(model_class.forward).parameters}
-        # All processes must run the vision tower equally often: without an image, on a blank one.
-        self.blank_image = np.full((32, 32, 3), 255, dtype=np.uint8)
-        self.blank_prompt = self.expand([self.placeholder], [self.blank_image])
+    def __init__(self, path: str, config, args: Arguments):
+        self.processor = from_pretrained(transformers.AutoProcessor, path, args)
+        self.tokenizer, self.save_pretrained = self.processor.tokenizer, self.processor.save_pretrained
+        self.tokenizer.chat_template = self.processor.chat_template or self.tokenizer.chat_template
+        self.tokenizer.vision = self
+        model = transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(config)]
+        self.accepted = {*inspect.signature(model.forward).parameters}
+        folder = Path(args.dataset_name)
+        self.folder = folder if folder.is_dir() else folder.parent  # names of files are relative to it
+        # What a template writes for an image. The processor replaces it with many tokens.
+        self.placeholder = getattr(self.processor, "boi_token", self.processor.image_token)
+        self.blank = np.full((32, 32, 3), 255, dtype=np.uint8)
+        self.blank_prompt = self.processor(self.blank, self.placeholder)["input_ids"][0]
 
-    def images(self, row: dict) -> list:
-        """The images of a row of a dataset."""
+    def read(self, row: dict) -> list:
+        """The images of a row, from column `images` or `image`: names of files, their content, or images."""
         found = [x for x in row.get("images") or [row.get("image")] if x]
-        named = [{"bytes": x["bytes"], "path": str(self.folder / (x["path"] or ""))} for x in found]
-        return [datasets.Image().decode_example(x).convert("RGB") for x in named]
+        found = [{"path": str(self.folder / x), "bytes": None} if isinstance(x, str) else x for x in found]
+        found = [datasets.Image().decode_example(x) if isinstance(x, dict) else x for x in found]
+        return [image.convert("RGB") for image in found]
 
-    def expand(self, ids: list[int], images: list) -> list[int]:
-        """The tokens of a prompt with those of an image, which are many, in the place of each placeholder."""
-        if ids.count(self.placeholder) != len(images):
-            raise ValueError(f"{len(images)} images for {ids.count(self.placeholder)} places in the prompt")
-        name, rest = self.processor.tokenizer.convert_ids_to_tokens(self.placeholder), iter(images)
-        of_image = lambda image: self.processor(image, name, add_special_tokens=False)["input_ids"][0]
-        return sum([of_image(next(rest)) if x == self.placeholder else [x] for x in ids], [])
+    def insert(self, images: list, prompt: list[int], *answers: list[int]) -> list[list[int]]:
+        """The token ids of prompt and answers, with those of the images in the place of placeholders."""
+        place = self.tokenizer.convert_tokens_to_ids(self.placeholder)
+        if (n := prompt.count(place)) != len(images) or any(place in y for y in answers):
+            raise ValueError(f"it has {len(images)} images, and {n} places for images in its prompt")
+        options = {"text": self.placeholder, "add_special_tokens": False}
+        ids = iter([self.processor(image, **options)["input_ids"][0] for image in images])
+        return [sum([next(ids) if token == place else [token] for token in prompt], []), *answers]
 
     def inputs(self, input_ids: Tensor, images: list) -> dict[str, Tensor]:
-        """What the model takes besides input_ids, which have places for these images."""
-        found = self.processor.image_processor(images or [self.blank_image], return_tensors="pt")
+        """What the model takes besides input_ids, which have places for these images, or for a blank one."""
+        inputs = self.processor.image_processor(images or [self.blank], return_tensors="pt")
         is_image = (input_ids == self.processor.image_token_id).long()
-        found |= {"token_type_ids": is_image, "mm_token_type_ids": is_image}
-        return {name: x.to(input_ids.device) for name, x in found.items() if name in self.accepted}
+        inputs |= {"token_type_ids": is_image, "mm_token_type_ids": is_image}
+        return {name: x.to(input_ids.device) for name, x in inputs.items() if name in self.accepted}
 
 
 def encode(tokenizer, prompt, completion=None, *, ended: bool = True, **template) -> list[int]:
@@ -542,10 +543,10 @@ def encode(tokenizer, prompt, completion=None, *, ended: bool = True, **template
             content = [turn.get("content") or "" for turn in (prompt[-1], completion[0])]
             prompt, completion = [*prompt[:-1], prompt[-1] | {"content": "".join(content)}], completion[1:]
         messages = prompt + (completion or [])
-        if hasattr(tokenizer, "vision"):  # templates for images want all content in parts
-            messages = [turn | {"content": in_parts(turn.get("content") or "")} for turn in messages]
-        elif any(isinstance(turn.get("content"), list) for turn in messages):
-            raise ValueError("a message has a part of type image, and only text is read")
+        if hasattr(tokenizer, "vision"):  # templates that know images may read nothing but lists of parts
+            parts = [turn.get("content") or "" for turn in messages]
+            parts = [[{"type": "text", "text": x}] if isinstance(x, str) else x for x in parts]
+            messages = [turn | {"content": x} for turn, x in zip(messages, parts, strict=True)]
         is_open = messages[-1]["role"] == "assistant" and (completion is None or not ended)
         how = {"continue_final_message": is_open, "add_generation_prompt": completion is None and not is_open}
         return tokenizer.apply_chat_template(messages, return_dict=False, **template, **how)
@@ -588,13 +589,10 @@ def micro_batches(data: Data, rows: np.ndarray, size: int, device: torch.device)
         part = mine[start : start + size]
         examples = list(zip(*data.tokens[part].values(), strict=True)) if len(part) else []
         counts = {"rows": part, "global_pairs": len(rows), "global_tokens": token_counts}
-        images = [data.vision.images(data.raw[int(row)]) for row in part] if data.vision else []
-        images = [image for found in images for image in 2 * found]  # of the chosen row and the rejected one
-        blank = [(data.vision.blank_prompt, [0])] if data.vision and not images else []
-        batch = collate(examples, device, score_prompts=data.score_prompts, unlabeled=blank, **counts)
-        if data.vision:
-            batch.inputs |= data.vision.inputs(batch.inputs["input_ids"], images)
-        yield batch
+        # Both rows of a pair have its images.
+        images = [2 * data.vision.read(data.raw[int(row)]) for row in part] if data.vision else []
+        options = {"score_prompts": data.score_prompts, "vision": data.vision, "images": sum(images, [])}
+        yield collate(examples, device, **options, **counts)
 
 
 # --------------------------------------------------------------------------------------- processes and models
@@ -683,15 +681,16 @@ def load_tokenizer(path: str, args: Arguments):
     has_tokenizer = base == path or has_file(path, "tokenizer_config.json", revision=revision)
     tokenizer = from_pretrained(transformers.AutoTokenizer, path if has_tokenizer else base, args)
     config = from_pretrained(AutoConfig, base, args)
-    if not (kind := model_kind(config, args)):
+    known = type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING or args.trust_remote_code
+    if has_vision := getattr(config, "vision_config", None):
+        # For scripts with this argument. PaliGemma attends to what follows, except in completions.
+        known = hasattr(args, "freeze_vision_tower") and config.model_type != "paligemma"
+        known = known and type(config) in transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    if config.is_encoder_decoder or not known:
         fail(f"{path} is of type {config.model_type}, not a language model with a decoder alone")
-    if kind is transformers.AutoModelForImageTextToText:
-        processor, data = from_pretrained(transformers.AutoProcessor, base, args), Path(args.dataset_name)
+    if has_vision:
         with one_line(f"cannot use the processor of {base}"):
-            tokenizer = processor.tokenizer
-            tokenizer.chat_template = processor.chat_template or tokenizer.chat_template
-            model_class = kind._model_mapping[type(config)]
-            tokenizer.vision = Vision(processor, model_class, data if data.is_dir() else data.parent)
+            tokenizer = Vision(base, config, args).tokenizer
     if getattr(config, "quantization_config", None):
         fail(f"the weights of {base} are quantized already; --load_in_4bit takes a model that is not")
     if tokenizer.eos_token_id is None:
@@ -701,26 +700,14 @@ def load_tokenizer(path: str, args: Arguments):
     return tokenizer
 
 
-def model_kind(config, args):
-    """The class that loads a model of a configuration; None for models that a method cannot train."""
-    if getattr(config, "vision_config", None):  # the methods that train such models have this argument
-        known = type(config) in transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
-        known = known and hasattr(args, "freeze_vision_tower") and config.model_type != "paligemma"
-        return transformers.AutoModelForImageTextToText if known else None
-    known = type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING or args.trust_remote_code
-    return AutoModelForCausalLM if known and not config.is_encoder_decoder else None
-
-
 def load_model(path: str, args: Arguments, device: torch.device, *, trainable: bool, updated: bool = False):
     """A model or LoRA adapter, sharded over all processes, with the method `token_logps` of this file."""
     # Dropout is off, so that policy and reference agree exactly before the first step. Weights that are
     # neither trained nor `updated` in another way are kept in bfloat16 if args.bf16 says to compute in it.
     base = adapter_base(path, args)
     config = from_pretrained(AutoConfig, base or path, args)
-    dropout = []
-    for part in with_parts(config):
-        dropout.append({k: p for k, p in vars(part).items() if "drop" in k and isinstance(p, float)})
-        part.update(dict.fromkeys(dropout[-1], 0.0))
+    for part in [config, *(getattr(config, name) for name in config.sub_configs)]:
+        part.update({k: 0.0 for k, value in vars(part).items() if "drop" in k and isinstance(value, float)})
     dtype = compute_dtype = getattr(torch, args.dtype)
     if args.bf16:
         compute_dtype = torch.bfloat16
@@ -729,11 +716,13 @@ def load_model(path: str, args: Arguments, device: torch.device, *, trainable: b
         nf4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
         nf4 = transformers.BitsAndBytesConfig(**nf4, bnb_4bit_compute_dtype=compute_dtype)
         options |= {"quantization_config": nf4, "device_map": {"": device}, "dtype": compute_dtype}
-    model = from_pretrained(model_kind(config, args), base or path, args, **options)
+    has_vision = getattr(config, "vision_config", None)
+    kind = transformers.AutoModelForImageTextToText if has_vision else AutoModelForCausalLM
+    model = from_pretrained(kind, base or path, args, **options)
     shapes = [p.quant_state.shape for p in model.parameters() if hasattr(p, "quant_state")]
     if device.type == "cpu" and any(inputs % 64 for _, inputs in shapes):
         fail(f"on a CPU, --load_in_4bit needs sizes that are multiples of 64, which those of {path} are not")
-    model.original_dropout = dropout  # save_model writes it into the configuration
+    model.original_config = from_pretrained(AutoConfig, base or path, args)  # save_model writes it
     model.adapted = bool(base) or (trainable and args.use_peft)
     model.train(trainable).requires_grad_(trainable and not model.adapted)
     choose_forward_pass(model)
@@ -750,11 +739,6 @@ def load_model(path: str, args: Arguments, device: torch.device, *, trainable: b
     model.token_logps = MethodType(token_logps, model)
     register_fsdp_forward_method(model, "token_logps")
     return model
-
-
-def with_parts(config) -> list:
-    """A configuration and those in it, of a vision tower and a language model."""
-    return [config, *(getattr(config, name) for name in config.sub_configs)]
 
 
 def policy_path(args, adapter_name: str | None = None) -> str:
@@ -799,7 +783,7 @@ def add_adapter(model, name: str, path: str | None, args: Arguments) -> None:
         if targets != "all-linear" and (unknown := sorted({*targets} - known)):
             fail(f"--lora_target_modules {unknown[0]}: this model has {' '.join(sorted(known))}")
         options = {"r": args.lora_r, "lora_alpha": args.lora_alpha, "lora_dropout": args.lora_dropout}
-        if hasattr(model.config, "vision_config"):  # leave out what is not in the language model
+        if getattr(model.config, "vision_config", None):  # leave out modules outside of the language model
             names = {module: name for name, module in model.named_modules()}
             options["exclude_modules"] = rf"(?!{names[model.get_decoder()]}\.).*"
         config = peft.LoraConfig(**options, target_modules=targets, task_type="CAUSAL_LM")
@@ -896,8 +880,8 @@ def gathered(model, args: Arguments) -> Iterator[bool]:
     hooks = [(part._forward_pre_hooks, part._forward_hooks) for part in parts]
     for part in parts:
         part.unshard()
-        # Remove the hooks that would gather and shard the weights again at every layer of every token. They are
-        # methods, of FSDP's state; transformers has hooks as well, which collect the outputs of layers.
+        # Remove the hooks that would gather and shard the weights again at every layer of every token: they are
+        # methods of FSDP's state. Other hooks are transformers', and collect the outputs of layers.
         for name in ("_forward_pre_hooks", "_forward_hooks"):
             kept = {i: hook for i, hook in getattr(part, name).items() if not hasattr(hook, "__self__")}
             setattr(part, name, kept)
@@ -926,15 +910,15 @@ def generate(model, tokenizer, prompts: list[list[int]], args: Arguments, images
     left = {"batch_first": True, "padding_side": "left"}  # so that completions begin in the same column
     with gathered(model, args) as full:
         for start in range(0, len(prompts), size):
-            part = [torch.tensor(prompt) for prompt in prompts[start : start + size]]
-            n, shown = len(part), [image for found in images[start : start + size] for image in found]
-            part += [torch.tensor(vision.blank_prompt)] if vision and not shown else []
+            part, shown = prompts[start : start + size], sum(images[start : start + size], [])
+            blank = [vision.blank_prompt] if vision and not shown else []  # as in collate
+            part = [torch.tensor(prompt) for prompt in part + blank]
             ids = pad_sequence(part, padding_value=pad, **left).to(model.device)
             mask = pad_sequence([torch.ones_like(prompt) for prompt in part], **left).to(model.device)
-            inputs = {"input_ids": ids, "attention_mask": mask} | (vision.inputs(ids, shown) if vision else {})
+            pixels = vision.inputs(ids, shown) if vision else {}
             # If weights are gathered at every token, all processes must generate equally many.
-            output = model.generate(**inputs, synced_gpus=not full)
-            completions += output[:n, ids.shape[1] :].tolist()
+            output = model.generate(input_ids=ids, attention_mask=mask, synced_gpus=not full, **pixels)
+            completions += output[: len(part) - len(blank), ids.shape[1] :].tolist()
     model.train(was_training)
     model.generation_config = config
     ends = [next((i + 1 for i, token in enumerate(y) if token in eos), len(y)) for y in completions]
@@ -952,7 +936,7 @@ def complete(policy, tokenizer, test: Data, args: Arguments, step: int) -> tuple
     torch.manual_seed(hash((args.seed, step, rank, 1)))  # four numbers: not the seed of a training step
     columns = {"step": [step] * len(rows), "row": rows}
     columns["prompt"] = tokenizer.batch_decode(prompts, skip_special_tokens=True)
-    images = [test.vision.images(test.raw[row]) for row in rows] if test.vision else []
+    images = [test.vision.read(test.raw[row]) for row in rows] if test.vision else []
     for name, options in (("greedy", {"do_sample": False}), ("sampled", {"do_sample": True, "top_k": 0})):
         answers = generate(policy, tokenizer, prompts, args, images, **options)
         columns[name] = decode_answers(tokenizer, prompts, answers)
@@ -1241,9 +1225,8 @@ FINISHED = """finished: DIR has the model, metrics.jsonl, and samples in complet
 
 def save_model(args: Arguments, policy, tokenizer) -> None:
     """Save model and tokenizer for from_pretrained(output_dir), and upload them to the Hub if asked to."""
-    on_rank_0 = dsd.StateDictOptions(full_state_dict=True, cpu_offload=True)
-    on_rank_0.ignore_frozen_params = policy.adapted  # but a vision tower that is frozen is saved
-    weights = dsd.get_model_state_dict(policy, options=on_rank_0)
+    on_rank_0 = {"full_state_dict": True, "cpu_offload": True, "ignore_frozen_params": policy.adapted}
+    weights = dsd.get_model_state_dict(policy, options=dsd.StateDictOptions(**on_rank_0))
     if dist.get_rank() == 0:
         # Tied weights are saved under one name.
         weights = {name: w for name, w in weights.items() if name not in policy.all_tied_weights_keys}
@@ -1256,10 +1239,9 @@ def save_model(args: Arguments, policy, tokenizer) -> None:
                 config.base_model_name_or_path = str(Path(base).resolve())
             config.save_pretrained(args.output_dir)
         else:
-            for part, dropout in zip(with_parts(policy.config), policy.original_dropout, strict=True):
-                part.update(dropout)
+            policy.config = policy.original_config  # which has the dropout
             policy.save_pretrained(args.output_dir, state_dict=weights)
-        (tokenizer.vision.processor if hasattr(tokenizer, "vision") else tokenizer).save_pretrained(args.output_dir)
+        getattr(tokenizer, "vision", tokenizer).save_pretrained(args.output_dir)
         if args.push_to_hub:
             hub, name = huggingface_hub.HfApi(), args.hub_model_id or Path(args.output_dir).name
             name = hub.create_repo(name, exist_ok=True).repo_id
