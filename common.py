@@ -880,8 +880,8 @@ def gathered(model, args: Arguments) -> Iterator[bool]:
     hooks = [(part._forward_pre_hooks, part._forward_hooks) for part in parts]
     for part in parts:
         part.unshard()
-        # Remove the hooks that would gather and shard the weights again at every layer of every token: they are
-        # methods of FSDP's state. Other hooks are transformers', and collect the outputs of layers.
+        # Remove the hooks that would gather and shard the weights again at every layer of every token, which
+        # are methods of FSDP's state. Other hooks are transformers', and collect the outputs of layers.
         for name in ("_forward_pre_hooks", "_forward_hooks"):
             kept = {i: hook for i, hook in getattr(part, name).items() if not hasattr(hook, "__self__")}
             setattr(part, name, kept)
