@@ -1203,7 +1203,9 @@ def resume(args: Arguments, policy, optimizer, method_state: dict) -> int:
     for folder in reversed(checkpoints):
         state = training_state(policy, optimizer, 0, method_state)
         try:
-            dcp.load(state, checkpoint_id=folder)
+            # Weights that never had a gradient, as in LLaVA's last vision layer, have no moments there.
+            planner = dcp.DefaultLoadPlanner(allow_partial_load=True)
+            dcp.load(state, checkpoint_id=folder, planner=planner)
         except (Exception, dcp.CheckpointException) as error:
             say(f"the checkpoint {folder} cannot be loaded ({first_line(error)}): the one before it is used")
             continue

@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -115,21 +116,21 @@ def test_a_row_depends_on_its_own_images_in_their_order(folder, kind, tmp_path):
 @pytest.mark.usefixtures("exact")
 def test_a_split_batch_has_the_same_gradient(folder, tmp_path, monkeypatch):
     """Also where a micro-batch, of one process or of both, has no image."""
-    out = tmp_path / "2.pt"
+    out = tmp_path / "2"
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     command = [sys.executable, *torchrun, str(ROOT / "tests" / "vision_models.py"), str(folder), str(out)]
     path = {"PYTHONPATH": str(ROOT)}
     result = subprocess.run(command, env=environment() | path, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr[-3000:]
     monkeypatch.setattr(dist, "init_process_group", lambda *args, **options: None)
-    found = {1: gradients(folder), 2: torch.load(out)}
+    found = {1: gradients(folder), 2: pickle.loads(out.read_bytes())}
     for kind in KINDS:
         want_metrics, want = found[1][kind, 6]
-        assert want.abs().max() > 0.01
+        assert abs(want).max() > 0.01
         for (other, _), (metrics, got) in [item for world in (1, 2) for item in found[world].items()]:
             if other == kind:
                 assert metrics == pytest.approx(want_metrics, rel=1e-12, abs=1e-12)
-                torch.testing.assert_close(got, want, rtol=0, atol=1e-12 * want.abs().max().item())
+                assert abs(got - want).max() < 1e-12 * abs(want).max()
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -207,7 +208,7 @@ def test_a_frozen_vision_tower_stays_and_the_rest_is_trained(monkeypatch, folder
     run(monkeypatch, folder, "idefics3", tmp_path / "out", "--freeze_vision_tower --bf16 true --max_steps 1")
     old, new = (load_file(path / "model.safetensors") for path in (folder / "idefics3", tmp_path / "out"))
     assert old.keys() == new.keys()
-    same = {name for name in old if torch.equal(old[name], new[name])}
+    same = {name for name in old if torch.equal(old[name].float(), new[name])}
     tower = {name for name in old if name.startswith("model.vision_model.")}
     assert tower and tower <= same and len(same - tower) < 3
 
@@ -293,7 +294,7 @@ def test_image_tokens_are_prompt_and_too_many_of_them_drop_the_row(folder, tmp_p
         assert data.raw["images"][1] == []
         (batch,) = batches(data, 2)
         assert not (batch.scored & (batch.labels == image)).any() and (batch.labels == image).sum() == 32
-    tokenizer, data = load(folder, "llava", tmp_path / "train.jsonl", max_length=27)  # one place is left
+    tokenizer, data = load(folder, "llava", tmp_path / "train.jsonl", max_length=25)  # one place is left
     assert data.tokens["prompt"][0].count(image) == 16 and len(data.tokens["chosen"][0]) == 1
 
 
@@ -336,7 +337,7 @@ def test_one_line_says_what_is_wrong_with_data(monkeypatch, folder, tmp_path, na
 
 @pytest.fixture(scope="module")
 def wrong(folder):
-    """Beside the models: a text model with the same tokenizer, and a vision–language model without processor."""
+    """Beside the models: a text model with such a tokenizer, and a vision–language one without processor."""
     tokenizer = AutoProcessor.from_pretrained(folder / "llava").tokenizer
     for name, model in (("text", tiny("llama").float()), ("half", build("llava")[0].float())):
         model.save_pretrained(folder / name)
@@ -349,7 +350,7 @@ def wrong(folder):
     [
         ("cpo", "--model_name_or_path {dir}/llava", "is of type llava, not a language model"),
         ("orpo", "--model_name_or_path {dir}/qwen2_vl", "is of type qwen2_vl, not a language model"),
-        ("dpo", "--model_name_or_path {dir}/half", "cannot use the processor of {dir}/half: "),
+        ("dpo", "--model_name_or_path {dir}/half", "cannot load {dir}/half: Can't load image processor for"),
         ("dpo", "--model_name_or_path {dir}/text", "a part of type image, and only text is read"),
         ("dpo", "--model_name_or_path {toy} --freeze_vision_tower", "{toy} has no vision tower"),
         (
@@ -361,7 +362,7 @@ def wrong(folder):
 )
 def test_one_line_says_what_is_wrong_with_a_model(monkeypatch, wrong, tmp_path, method, flags, message):
     data = tmp_path / "rows.jsonl"
-    data.write_text(json.dumps(row(0, str(wrong / "files" / "train.jsonl-0-0.png"))))
+    data.write_text(json.dumps(row(0, str(wrong / "files" / "0-0.png"))))
     flags += f" --dataset_name {data} --output_dir {tmp_path}/o"
     for name, path in {"{dir}": str(wrong), "{toy}": common.TOY_MODEL}.items():
         flags, message = flags.replace(name, path), message.replace(name, path)
@@ -372,7 +373,7 @@ def test_one_line_says_what_is_wrong_with_a_model(monkeypatch, wrong, tmp_path, 
 
 
 def test_a_text_model_says_that_it_does_not_use_images(wrong, capsys):
-    args = dpo.Arguments(str(wrong / "text"), str(wrong / "train.jsonl"), eval_strategy="no")
+    args = dpo.Arguments(str(wrong / "text"), dataset_name=str(wrong / "train.jsonl"), eval_strategy="no")
     common.load_data(args, AutoTokenizer.from_pretrained(wrong / "text"))
     said = capsys.readouterr().out
     assert "columns that are not used: images" in said and "4 of 6 rows (66.7%)" in said
