@@ -230,12 +230,12 @@ def test_a_resumed_run_is_bitwise_the_uninterrupted_one(monkeypatch, folder, tmp
 
     def interrupted(log):
         metrics, _ = all_reduce(log)
-        return metrics, "eval" not in log.bar.desc and log.bar.n == 2
+        return metrics, "eval" not in log.bar.desc and log.bar.n == 1
 
     with monkeypatch.context() as patch, pytest.raises(SystemExit, match="143"):
         patch.setattr(common.Log, "all_reduce", interrupted)
         run(monkeypatch, folder, kind, tmp_path / "b")
-    assert [line["step"] for line in metrics_of(tmp_path / "b")] == [0, 1, 2, 3]
+    assert [line["step"] for line in metrics_of(tmp_path / "b")] == [0, 1, 2]
     run(monkeypatch, folder, kind, tmp_path / "b")
     assert_same_run(tmp_path / "a", tmp_path / "b")
 
