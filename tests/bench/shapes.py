@@ -19,7 +19,7 @@ import torch
 from PIL import Image, ImageDraw
 
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
-from vision_models import build
+from vision_models import build  # noqa: E402
 
 COLOURS = {"red": (220, 40, 40), "green": (40, 180, 60), "blue": (50, 80, 230), "white": (240, 240, 240)}
 SHAPES = ("circle", "square", "triangle")
