@@ -223,10 +223,9 @@ def choose_forward_pass(model) -> None:
     want, reason, config = plain_token_logps(model, batch), "", model.config.get_text_config()
     model.forward_pass, model.router_loss = "packed", None
     try:
-        if getattr(config, "attention_chunk_size", None) or getattr(config, "output_router_logits", False):
-            raise NotImplementedError("attention within chunks, or a load-balancing loss")
-        if getattr(model.config, "vision_config", None):
-            raise NotImplementedError("it reads images")
+        special = ("attention_chunk_size", "output_router_logits", "vision_config")
+        if any(getattr(part, name, None) for part in (config, model.config) for name in special):
+            raise NotImplementedError("attention within chunks, a load-balancing loss, or images")
         model.set_attn_implementation("packed")
         difference = (token_logps(model, batch) - want).abs().max().item()
         if not difference < (5e-3 if model.dtype == torch.bfloat16 else 5e-5) * want.abs().max().item():
@@ -493,7 +492,7 @@ def shared_length(a: list, b: list) -> int:
 
 
 class Vision:
-    """The processor of a vision–language model: it reads images, and makes tokens and pixels of them."""
+    """The processor of a vision–language model, and what makes tokens and pixels of the images of a dataset."""
 
     def __init__(self, path: str, config, args: Arguments):
         self.processor = from_pretrained(transformers.AutoProcessor, path, args)
@@ -511,8 +510,8 @@ class Vision:
 
     def read(self, row: dict) -> list:
         """The images of a row, from column `images` or `image`: names of files, their content, or images."""
-        found = [x for x in row.get("images") or [row.get("image")] if x]
-        found = [{"path": str(self.folder / x), "bytes": None} if isinstance(x, str) else x for x in found]
+        found = row.get("images") or [row.get("image")]
+        found = [{"path": str(self.folder / x), "bytes": None} if isinstance(x, str) else x for x in found if x]
         found = [datasets.Image().decode_example(x) if isinstance(x, dict) else x for x in found]
         return [image.convert("RGB") for image in found]
 

@@ -19,6 +19,9 @@ options, follow the training loop; a first reader skips them.
     python dpo.py                                     the built-in example, about a minute on a laptop
     torchrun --nproc_per_node 8 dpo.py --model_name_or_path Qwen/Qwen2-0.5B-Instruct \
         --dataset_name trl-lib/ultrafeedback_binarized --output_dir Qwen2-0.5B-DPO
+
+A vision–language model takes images from a column image or images, and their places from the messages of the
+prompt: {"type": "image"}.
 """
 
 from __future__ import annotations
