@@ -492,7 +492,7 @@ def shared_length(a: list, b: list) -> int:
 
 
 class Vision:
-    """The processor of a vision–language model, and what makes tokens and pixels of the images of a dataset."""
+    """The processor of a vision–language model, and what makes tokens and pixels of a dataset's images."""
 
     def __init__(self, path: str, config, args: Arguments):
         self.processor = from_pretrained(transformers.AutoProcessor, path, args)
@@ -510,8 +510,8 @@ class Vision:
 
     def read(self, row: dict) -> list:
         """The images of a row, from column `images` or `image`: names of files, their content, or images."""
-        found = row.get("images") or [row.get("image")]
-        found = [{"path": str(self.folder / x), "bytes": None} if isinstance(x, str) else x for x in found if x]
+        found = [x for x in row.get("images") or [row.get("image")] if x]
+        found = [{"path": str(self.folder / x), "bytes": None} if isinstance(x, str) else x for x in found]
         found = [datasets.Image().decode_example(x) if isinstance(x, dict) else x for x in found]
         return [image.convert("RGB") for image in found]
 
