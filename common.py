@@ -518,8 +518,10 @@ class Vision:
     def insert(self, images: list, prompt: list[int], *answers: list[int]) -> list[list[int]]:
         """The token ids of prompt and answers, with those of the images in the place of placeholders."""
         place = self.tokenizer.convert_tokens_to_ids(self.placeholder)
-        if (n := prompt.count(place)) != len(images) or any(place in y for y in answers):
-            raise ValueError(f"it has {len(images)} images, and {n} places for images in its prompt")
+        if any(place in y for y in answers):
+            raise ValueError("a completion has an image")
+        if (n := prompt.count(place)) != len(images):
+            raise ValueError(f"the number of images is {len(images)}, and the prompt has places for {n}")
         options = {"text": self.placeholder, "add_special_tokens": False}
         ids = iter([self.processor(image, **options)["input_ids"][0] for image in images])
         return [sum([next(ids) if token == place else [token] for token in prompt], []), *answers]

@@ -309,9 +309,12 @@ ANSWER = [{"role": "assistant", "content": [IMAGE, {"type": "text", "text": "so"
 WRONG = {
     "missing": ({"images": ["nowhere.png"]}, "No such file or directory: '{data}/nowhere.png'"),
     "broken": ({"images": ["broken.png"]}, "cannot identify image file '{data}/broken.png'"),
-    "too few": ({"images": []}, "it has 0 images, and 1 places for images in its prompt"),
-    "too many": ({"images": ["a.png", "a.png"]}, "it has 2 images, and 1 places for images in its prompt"),
-    "answer": ({"chosen": ANSWER}, "it has 1 images, and 1 places for images in its prompt"),
+    "too few": ({"images": []}, "the number of images is 0, and the prompt has places for 1"),
+    "too many": (
+        {"images": ["a.png", "a.png"]},
+        "the number of images is 2, and the prompt has places for 1",
+    ),
+    "answer": ({"chosen": ANSWER}, "a completion has an image"),
     "video": ({"prompt": [{"role": "user", "content": [{"type": "video"}]}]}, "a part of type video, and"),
 }
 
