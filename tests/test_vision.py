@@ -284,7 +284,7 @@ def test_images_may_be_files_bytes_or_pictures_in_a_column_of_one_or_several(fol
 
 def test_image_tokens_are_prompt_and_too_many_of_them_drop_the_row(folder, tmp_path, capsys):
     chat = row(3, picture(3))  # without its first turn, and so without the image, it would have room
-    for role, text in (("assistant", 30 * "x"), ("user", "go on")):
+    for role, text in (("assistant", 60 * "x"), ("user", "go on")):
         chat["prompt"].append({"role": role, "content": [{"type": "text", "text": text}]})
     write_data(tmp_path, [row(0, picture(0)), row(1, *map(picture, range(3))), row(2), chat])
     for flags in ({}, {"truncate_prompt": True}):
