@@ -9,6 +9,7 @@ import difflib
 import glob
 import hashlib
 import importlib.util
+import inspect
 import json
 import math
 import os
@@ -69,8 +70,9 @@ class Batch:
     with another number of completions for each prompt has that number of rows for each prompt.
     """
 
-    # For model(**inputs): input_ids (2B, L) and attention_mask (2B, L). With an encoder, these are prompts,
-    # (2B, P), and decoder_input_ids (2B, L) are the labels, shifted right behind the decoder's start token.
+    # For model(**inputs): input_ids and attention_mask (2B, L), and pixels of images, if there are any. With an
+    # encoder, the first two are prompts, (2B, P), and decoder_input_ids (2B, L) are the labels, shifted right
+    # behind the decoder's start token.
     inputs: dict[str, Tensor]
     labels: Tensor  # (2B, L)
     completions: Tensor  # (2B, L) bool: whether the label is a token of a completion
@@ -129,12 +131,18 @@ def logit_scale(model) -> float:
     return scale / divisor  # Cohere has a scale, Granite a divisor
 
 
-def collate(examples: list[tuple], device, score_prompts=False, decoder_prompt=None, **counts) -> Batch:
+def collate(
+    examples: list[tuple], device, score_prompts=False, decoder_prompt=None, vision=None, images=(), **counts
+) -> Batch:
     """A Batch of examples (prompt, chosen, rejected) of token ids; `counts` are its last fields."""
     # All processes must run a sharded model equally often: without examples, on a token that has no label.
+    # Without images, they run the vision tower on a blank one, in a row that has no label either.
     inputs = examples or [([0], [0])]
     # With an encoder, the decoder's own prompt is its start token.
-    sequences = [(decoder_prompt or prompt, y) for prompt, *completions in inputs for y in completions]
+    sequences = [(decoder_prompt or prompt, y) for prompt, *completions in examples for y in completions]
+    labeled = slice(len(sequences))
+    sequences += [(vision.blank_prompt, [0])] if vision and not images else []
+    sequences = sequences or [([0], [0])]
     tokens = [torch.tensor([*prompt, *y]) for prompt, y in sequences]
     tokens = pad_sequence(tokens, batch_first=True)  # (2B, L + 1)
     prompt_ends = torch.tensor([[len(prompt)] for prompt, _ in sequences])  # (2B, 1)
@@ -145,7 +153,6 @@ def collate(examples: list[tuple], device, score_prompts=False, decoder_prompt=N
     scored = completions.clone()
     if score_prompts:  # once for each prompt, in its first row
         scored[:: len(inputs[0]) - 1] = has_label[:: len(inputs[0]) - 1]
-    labeled = slice(len(sequences) if examples else 0)
     tensors = {"labels": tokens[labeled, 1:], "completions": completions[labeled], "scored": scored[labeled]}
     tensors["padded_index"] = scored[labeled].nonzero().T
     if decoder_prompt:
@@ -157,6 +164,7 @@ def collate(examples: list[tuple], device, score_prompts=False, decoder_prompt=N
         tensors |= {"inputs": rows, "packed_inputs": once, "packed_index": index, "spans": None}
     else:
         tensors["inputs"] = {"input_ids": tokens[:, :-1], "attention_mask": has_label.long()}
+        tensors["inputs"] |= vision.inputs(tokens[:, :-1], images) if vision else {}
         tensors |= pack(inputs, scored[labeled])
     return Batch(**tree_map_only(Tensor, partial(copy_to, device), tensors), **counts)
 
@@ -288,8 +296,9 @@ def choose_forward_pass(model) -> None:
     want, reason, config = plain_token_logps(model, batch), "", model.config.get_text_config()
     model.forward_pass, model.router_loss = "encoded once" if decoder_prompt else "packed", None
     try:
-        if getattr(config, "attention_chunk_size", None) or getattr(config, "output_router_logits", False):
-            raise NotImplementedError("attention within chunks, or a load-balancing loss")
+        special = ("attention_chunk_size", "output_router_logits", "vision_config")
+        if any(getattr(part, name, None) for part in (config, model.config) for name in special):
+            raise NotImplementedError("attention within chunks, a load-balancing loss, or images")
         if model.forward_pass == "packed":
             model.set_attn_implementation("packed")
         difference = (token_logps(model, batch) - want).abs().max().item()
@@ -329,6 +338,7 @@ class Data(NamedTuple):
     lengths: np.ndarray  # (n, 1 + completions) the numbers of these tokens
     score_prompts: bool = False  # whether batches score the tokens of prompts as well
     decoder_prompt: list[int] | None = None  # see decoder_prompt_of
+    vision: Vision | None = None  # what reads the images of `raw`, if the model takes images
 
 
 def load_data(args: Arguments, tokenizer, completions=("chosen", "rejected"), *, score_prompts=False):
@@ -343,9 +353,10 @@ def load_data(args: Arguments, tokenizer, completions=("chosen", "rejected"), *,
     data = [tokenize_split(raw, name, args, tokenizer, columns, score_prompts) for name, raw in splits]
     data = hold_out(*data) if args.eval_strategy != "no" and not tests else data
     used = {*columns, "chosen", "rejected", "answer", "tools", "chat_template_kwargs"}
+    used |= {"image", "images"} if data[0].vision else set()
     if unused := [name for name in data[0].raw.column_names if name not in used]:
         say(f"columns that are not used: {', '.join(unused)}")
-    if tokenizer.chat_template and isinstance(split_prompt(data[0].raw[0])[0], str):
+    if tokenizer.chat_template and isinstance(split_prompt(data[0].raw[0], images=True)[0], str):
         message = '"prompt": [{"role": "user", "content": ...}]'
         say(f"texts are not joined by a space and get no chat template, which is for messages: {message}")
     example = {name: tokenizer.decode(ids) for name, ids in data[0].tokens[0].items()}
@@ -440,7 +451,8 @@ def tokenize_split(raw, name: str, args: Arguments, tokenizer, columns: tuple, s
     means = ", ".join(f"{column} {n.mean():.0f}" for column, n in zip(columns, lengths, strict=True))
     say(f"{len(kept)} rows in the {name} split; tokens on average: {means}")
     tokens = tokens.select(kept).select_columns([*columns])
-    return Data(raw.select(kept), tokens, np.stack(lengths, axis=1), score_prompts, decoder_prompt)
+    more = score_prompts, decoder_prompt, getattr(tokenizer, "vision", None)
+    return Data(raw.select(kept), tokens, np.stack(lengths, axis=1), *more)
 
 
 def tokenize(row: dict, tokenizer, completions, max_length, room, truncate_prompt=False, max_completion=0):
@@ -451,8 +463,10 @@ def tokenize(row: dict, tokenizer, completions, max_length, room, truncate_promp
         is_chat = all(isinstance(turn, dict) and "role" in turn for turn in turns)
         if not isinstance(row[name], str | list | None) or not is_chat:
             raise ValueError(f"{name} is {row[name]!r:.50}, not a text or messages with role and content")
+    vision = getattr(tokenizer, "vision", None)
+    images = vision.read(row) if vision else []  # outside of `try`: if one cannot be read, the program ends
     try:
-        prompt, *answers = split_prompt(row, completions)
+        prompt, *answers = split_prompt(row, completions, images=bool(vision))
         answers = answers[: len(completions)]  # a method that samples has no completions
         for name, y in zip(completions, answers, strict=True):
             last = y[-1] if y and isinstance(y, list) else {"content": y}
@@ -476,7 +490,7 @@ def tokenize(row: dict, tokenizer, completions, max_length, room, truncate_promp
             return [prompt_ids[:shared], *(ids[shared:] for ids in whole)]
 
         parts = encode_parts(prompt or "")
-        if truncate_prompt and len(parts[0]) + room > max_length:
+        if truncate_prompt and not images and len(parts[0]) + room > max_length:
             room_for_completions = max(room, min(max_length // 2, max(map(len, parts[1:]), default=0)))
             space = max_length - room_for_completions
             parts = cut_prompt(prompt, parts, encode_parts, space, tokenizer.bos_token_id)
@@ -484,6 +498,7 @@ def tokenize(row: dict, tokenizer, completions, max_length, room, truncate_promp
         if max_completion and len(parts[0]) > max_length:  # all but its last token, which may be EOS
             parts[0] = [*parts[0][: max_length - 1], parts[0][-1]]
             result["notes"].append(f"have a prompt that is cut at max_length {max_length}")
+        parts = vision.insert(images, *parts) if vision else parts
     except Exception as error:  # also of a chat template
         return result | {"problem": f"it cannot be tokenized: {first_line(error)}"}
     # In messages, only the template may write special tokens: an <|im_end|> in a text would end its turn.
@@ -498,7 +513,8 @@ def tokenize(row: dict, tokenizer, completions, max_length, room, truncate_promp
     limit = f"max_completion_length {space}" if max_completion else f"max_length {max_length}"
     if space < room:
         problem = f"the prompt leaves no room for a completion in max_length {max_length}"
-        return result | {"problem": problem + "; --truncate_prompt keeps its end" * (not truncate_prompt)}
+        remedy = "" if truncate_prompt or images else "; --truncate_prompt keeps its end"
+        return result | {"problem": problem + remedy}
     if any(len(ids) > space for ids in answers):
         result["notes"].append(f"have a completion that is cut at {limit}")
     ids = {name: ids[:space] for name, ids in zip(completions, answers, strict=True)}
@@ -522,11 +538,11 @@ def cut_prompt(prompt, parts: list[list[int]], encode_parts: Callable, space: in
     return parts
 
 
-def split_prompt(row: dict, completions: list[str] | None = None) -> list:
+def split_prompt(row: dict, completions: list[str] | None = None, images: bool = False) -> list:
     """[prompt, *completions] of a row, all texts or all lists of messages; by default of the row's pair."""
     # Without a prompt, a pair's shared beginning, in whole words or messages, is its prompt.
     names = completions or [name for name in ("chosen", "rejected") if row.get(name)]
-    prompt, answers = clean(row.get("prompt")), [clean(row[name]) for name in names]
+    prompt, answers = clean(row.get("prompt"), images), [clean(row[name], images) for name in names]
     if isinstance(prompt, list):
         answers = [[{"role": "assistant", "content": y}] if isinstance(y, str) else y for y in answers]
     if isinstance(prompt, str) and answers and isinstance(answers[0], list):
@@ -541,23 +557,68 @@ def split_prompt(row: dict, completions: list[str] | None = None) -> list:
     return ["".join(part) for part in parts] if is_text else parts
 
 
-def clean(value):
-    """Messages or tools without the None that Arrow adds, and with content that is in parts as one text."""
+def clean(value, images: bool = False):
+    """Messages or tools without the None that Arrow adds, and with content that is in texts as one."""
     if isinstance(value, list):
-        return [clean(item) for item in value]
+        return [clean(item, images) for item in value]
     if not isinstance(value, dict):
         return value
-    value = {name: clean(item) for name, item in value.items() if item is not None}
+    value = {name: clean(item, images) for name, item in value.items() if item is not None}
     if isinstance(value.get("content"), list):
-        if others := {part.get("type") for part in value["content"]} - {"text"}:
+        kinds = {part.get("type") for part in value["content"]}
+        if others := kinds - {"text"} - {"image" if images else "text"}:
             raise ValueError(f"a message has a part of type {min(map(str, others))}, and only text is read")
-        value["content"] = "".join(part["text"] for part in value["content"])
+        if "image" not in kinds:
+            value["content"] = "".join(part["text"] for part in value["content"])
     return value
 
 
 def shared_length(a: list, b: list) -> int:
     """How many elements two lists have in common at their beginning."""
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
+class Vision:
+    """The processor of a vision–language model, and what makes tokens and pixels of a dataset's images."""
+
+    def __init__(self, path: str, config, args: Arguments):
+        self.processor = from_pretrained(transformers.AutoProcessor, path, args)
+        self.tokenizer, self.save_pretrained = self.processor.tokenizer, self.processor.save_pretrained
+        self.tokenizer.chat_template = self.processor.chat_template or self.tokenizer.chat_template
+        self.tokenizer.vision = self
+        model = transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(config)]
+        self.accepted = {*inspect.signature(model.forward).parameters}
+        folder = Path(args.dataset_name)
+        self.folder = folder if folder.is_dir() else folder.parent  # names of files are relative to it
+        # What a template writes for an image. The processor replaces it with many tokens.
+        self.placeholder = getattr(self.processor, "boi_token", self.processor.image_token)
+        self.blank = np.full((32, 32, 3), 255, dtype=np.uint8)
+        self.blank_prompt = self.processor(self.blank, self.placeholder)["input_ids"][0]
+
+    def read(self, row: dict) -> list:
+        """The images of a row, from column `images` or `image`: names of files, their content, or images."""
+        found = [x for x in row.get("images") or [row.get("image")] if x]
+        found = [{"path": str(self.folder / x), "bytes": None} if isinstance(x, str) else x for x in found]
+        found = [datasets.Image().decode_example(x) if isinstance(x, dict) else x for x in found]
+        return [image.convert("RGB") for image in found]
+
+    def insert(self, images: list, prompt: list[int], *answers: list[int]) -> list[list[int]]:
+        """The token ids of prompt and answers, with those of the images in the place of placeholders."""
+        place = self.tokenizer.convert_tokens_to_ids(self.placeholder)
+        if any(place in y for y in answers):
+            raise ValueError("a completion has an image")
+        if (n := prompt.count(place)) != len(images):
+            raise ValueError(f"the number of images is {len(images)}, and the prompt has places for {n}")
+        options = {"text": self.placeholder, "add_special_tokens": False}
+        ids = iter([self.processor(image, **options)["input_ids"][0] for image in images])
+        return [sum([next(ids) if token == place else [token] for token in prompt], []), *answers]
+
+    def inputs(self, input_ids: Tensor, images: list) -> dict[str, Tensor]:
+        """What the model takes besides input_ids, which have places for these images, or for a blank one."""
+        inputs = self.processor.image_processor(images or [self.blank], return_tensors="pt")
+        is_image = (input_ids == self.processor.image_token_id).long()
+        inputs |= {"token_type_ids": is_image, "mm_token_type_ids": is_image}
+        return {name: x.to(input_ids.device) for name, x in inputs.items() if name in self.accepted}
 
 
 def encode(tokenizer, prompt, completion=None, *, ended: bool = True, **template) -> list[int]:
@@ -570,6 +631,10 @@ def encode(tokenizer, prompt, completion=None, *, ended: bool = True, **template
             content = [turn.get("content") or "" for turn in (prompt[-1], completion[0])]
             prompt, completion = [*prompt[:-1], prompt[-1] | {"content": "".join(content)}], completion[1:]
         messages = prompt + (completion or [])
+        if hasattr(tokenizer, "vision"):  # templates that know images may read nothing but lists of parts
+            parts = [turn.get("content") or "" for turn in messages]
+            parts = [[{"type": "text", "text": x}] if isinstance(x, str) else x for x in parts]
+            messages = [turn | {"content": x} for turn, x in zip(messages, parts, strict=True)]
         is_open = messages[-1]["role"] == "assistant" and (completion is None or not ended)
         how = {"continue_final_message": is_open, "add_generation_prompt": completion is None and not is_open}
         return tokenizer.apply_chat_template(messages, return_dict=False, **template, **how)
@@ -624,7 +689,9 @@ def micro_batches(data: Data, rows: np.ndarray, size: int, device: torch.device)
         part = mine[start : start + size]
         examples = list(zip(*data.tokens[part].values(), strict=True)) if len(part) else []
         counts = {"rows": part, "global_pairs": len(rows), "global_tokens": token_counts}
-        yield collate(examples, device, *data[3:], **counts)
+        # Both rows of a pair have its images.
+        images = [2 * data.vision.read(data.raw[int(row)]) for row in part] if data.vision else []
+        yield collate(examples, device, *data[3:], images=sum(images, []), **counts)
 
 
 # --------------------------------------------------------------------------------------- processes and models
@@ -729,8 +796,16 @@ def load_tokenizer(path: str, args: Arguments):
     config = from_pretrained(AutoConfig, base, args)
     kind = "SEQ_TO_SEQ_CAUSAL_LM" if config.is_encoder_decoder else "CAUSAL_LM"
     known = type(config) in getattr(transformers, f"MODEL_FOR_{kind}_MAPPING") or args.trust_remote_code
-    if not known or getattr(config, "vision_config", None):
-        fail(f"{path} is of type {config.model_type}, not a language model")
+    if has_vision := getattr(config, "vision_config", None):
+        # For scripts with this argument. PaliGemma attends to what follows, except in completions.
+        known = hasattr(args, "freeze_vision_tower") and config.model_type != "paligemma"
+        known = known and type(config) in transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+        known = known and not config.is_encoder_decoder
+    if not known:
+        fail(f"{path} is of type {config.model_type}, not a language model that this script can train")
+    if has_vision:
+        with one_line(f"cannot use the processor of {base}"):
+            tokenizer = Vision(base, config, args).tokenizer
     tokenizer.decoder_prompt = decoder_prompt_of(config)
     if tokenizer.decoder_prompt == [None]:
         fail(f"the configuration of {path} has no decoder_start_token_id")
@@ -749,8 +824,8 @@ def load_model(path: str, args: Arguments, device: torch.device, *, trainable: b
     # neither trained nor `updated` in another way are kept in bfloat16 if args.bf16 says to compute in it.
     base = adapter_base(path, args)
     config = from_pretrained(AutoConfig, base or path, args)
-    dropout = {k: value for k, value in config.to_dict().items() if "drop" in k and isinstance(value, float)}
-    config.update(dict.fromkeys(dropout, 0.0))
+    for part in [config, *(getattr(config, name) for name in config.sub_configs)]:
+        part.update({k: 0.0 for k, value in vars(part).items() if "drop" in k and isinstance(value, float)})
     dtype = compute_dtype = getattr(torch, args.dtype)
     if args.bf16:
         compute_dtype = torch.bfloat16
@@ -762,6 +837,7 @@ def load_model(path: str, args: Arguments, device: torch.device, *, trainable: b
         nf4 = transformers.BitsAndBytesConfig(**nf4, bnb_4bit_compute_dtype=compute_dtype)
         options |= {"quantization_config": nf4, "device_map": {"": device}, "dtype": compute_dtype}
     kind = transformers.AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    kind = transformers.AutoModelForImageTextToText if getattr(config, "vision_config", None) else kind
     if args.load_in_4bit or dist.get_rank() == 0:
         source = from_pretrained(kind, base or path, args, **options)
         choose_forward_pass(source.train(trainable))
@@ -780,7 +856,7 @@ def load_model(path: str, args: Arguments, device: torch.device, *, trainable: b
         model.set_attn_implementation(attention)
         model.generation_config = from_rank_0(source and source.generation_config)
         model.router_loss = None
-    model.original_dropout = dropout  # save_model writes it into the configuration
+    model.original_config = from_pretrained(AutoConfig, base or path, args)  # save_model writes it
     model.adapted = adapted
     model.train(trainable).requires_grad_(trainable and not model.adapted)
     if trainable and args.gradient_checkpointing:
@@ -856,6 +932,9 @@ def add_adapter(model, name: str, path: str | None, args: Arguments) -> None:
         if targets != "all-linear" and (unknown := sorted({*targets} - known)):
             fail(f"--lora_target_modules {unknown[0]}: this model has {' '.join(sorted(known))}")
         options = {"r": args.lora_r, "lora_alpha": args.lora_alpha, "lora_dropout": args.lora_dropout}
+        if getattr(model.config, "vision_config", None):  # leave out modules outside of the language model
+            names = {module: name for name, module in model.named_modules()}
+            options["exclude_modules"] = rf"(?!{names[model.get_decoder()]}\.).*"
         task_type = "SEQ_2_SEQ_LM" if model.config.is_encoder_decoder else "CAUSAL_LM"
         config = peft.LoraConfig(**options, target_modules=targets, task_type=task_type)
         config.base_model_name_or_path = model.name_or_path
@@ -952,8 +1031,11 @@ def gathered(model, args: Arguments) -> Iterator[bool]:
     hooks = [(part._forward_pre_hooks, part._forward_hooks) for part in parts]
     for part in parts:
         part.unshard()
-        # Remove the hooks that would gather and shard the weights again at every layer of every token.
-        part._forward_pre_hooks, part._forward_hooks = {}, {}
+        # Remove the hooks that would gather and shard the weights again at every layer of every token, which
+        # are methods of FSDP's state. Other hooks are transformers', and collect the outputs of layers.
+        for name in ("_forward_pre_hooks", "_forward_hooks"):
+            kept = {i: hook for i, hook in getattr(part, name).items() if not hasattr(hook, "__self__")}
+            setattr(part, name, kept)
     yield bool(fits)
     for part, (before, after) in zip(parts, hooks, strict=True):
         part._forward_pre_hooks, part._forward_hooks = before, after
@@ -967,7 +1049,7 @@ def eos_ids(model, tokenizer) -> list[int]:
 
 
 @torch.no_grad()
-def generate(model, tokenizer, prompts: list[list[int]], args: Arguments, **sampling) -> list[list[int]]:
+def generate(model, tokenizer, prompts: list[list[int]], args: Arguments, images=(), **sampling) -> list:
     """One completion for each prompt: token ids that end in EOS, unless max_new_tokens cut them off."""
     was_training, config, eos = model.training, model.generation_config, eos_ids(model, tokenizer)
     pad = eos[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
@@ -980,16 +1062,20 @@ def generate(model, tokenizer, prompts: list[list[int]], args: Arguments, **samp
     shortest_first = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # so that padding is short
     completions, size = [[] for _ in prompts], args.generation_batch_size
     side = {"batch_first": True, "padding_side": "right" if decoder_prompt else "left"}  # completions align
+    vision = getattr(tokenizer, "vision", None)
     with gathered(model, args) as full:
         for start in range(0, len(prompts), size):
             rows = shortest_first[start : start + size]
-            part = [torch.tensor(prompts[row]) for row in rows]
+            shown = sum((images[row] for row in rows), []) if images else []
+            blank = [vision.blank_prompt] if vision and not shown else []  # as in collate
+            part = [torch.tensor(prompt) for prompt in [*(prompts[row] for row in rows), *blank]]
             ids = pad_sequence(part, padding_value=pad, **side).to(model.device)
             mask = pad_sequence([torch.ones_like(prompt) for prompt in part], **side).to(model.device)
+            pixels = vision.inputs(ids, shown) if vision else {}
             # If weights are gathered at every token, all processes must generate equally many.
-            output = model.generate(input_ids=ids, attention_mask=mask, synced_gpus=not full)
+            output = model.generate(input_ids=ids, attention_mask=mask, synced_gpus=not full, **pixels)
             output = output[:, 1 if decoder_prompt else ids.shape[1] :].tolist()
-            for row, completion in zip(rows, output, strict=True):
+            for row, completion in zip(rows, output, strict=False):  # without the blank one, the last
                 completions[row] = completion
     model.train(was_training)
     model.generation_config = config
@@ -1009,8 +1095,9 @@ def complete(policy, tokenizer, test: Data, args: Arguments, step: int) -> tuple
     torch.manual_seed(hash((args.seed, step, rank, 1)))  # four numbers: not the seed of a training step
     columns = {"step": [step] * len(rows), "row": rows}
     columns["prompt"] = tokenizer.batch_decode(prompts, skip_special_tokens=True)
+    images = [test.vision.read(test.raw[row]) for row in rows] if test.vision else []
     for name, options in (("greedy", {"do_sample": False}), ("sampled", {"do_sample": True, "top_k": 0})):
-        answers = generate(policy, tokenizer, prompts, args, **options)
+        answers = generate(policy, tokenizer, prompts, args, images, **options)
         before = [[] for _ in prompts] if test.decoder_prompt else prompts
         columns[name] = decode_answers(tokenizer, before, answers)
     has_answers = "answer" in test.raw.column_names
@@ -1278,7 +1365,9 @@ def resume(args: Arguments, policy, optimizer, method_state: dict) -> int:
     for folder in reversed(checkpoints):
         state = training_state(policy, optimizer, 0, method_state)
         try:
-            dcp.load(state, checkpoint_id=folder)
+            # Weights that never had a gradient, as in LLaVA's last vision layer, have no moments there.
+            planner = dcp.DefaultLoadPlanner(allow_partial_load=True)
+            dcp.load(state, checkpoint_id=folder, planner=planner)
         except (Exception, dcp.CheckpointException) as error:
             say(f"the checkpoint {folder} cannot be loaded ({first_line(error)}): the one before it is used")
             continue
@@ -1300,8 +1389,8 @@ FINISHED = """finished: DIR has the model, metrics.jsonl, and samples in complet
 
 def save_model(args: Arguments, policy, tokenizer) -> None:
     """Save model and tokenizer for from_pretrained(output_dir), and upload them to the Hub if asked to."""
-    on_rank_0 = dsd.StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
-    weights = dsd.get_model_state_dict(policy, options=on_rank_0)
+    on_rank_0 = {"full_state_dict": True, "cpu_offload": True, "ignore_frozen_params": policy.adapted}
+    weights = dsd.get_model_state_dict(policy, options=dsd.StateDictOptions(**on_rank_0))
     if dist.get_rank() == 0:
         # Tied weights are saved under one name.
         weights = {name: w for name, w in weights.items() if name not in policy.all_tied_weights_keys}
@@ -1314,9 +1403,9 @@ def save_model(args: Arguments, policy, tokenizer) -> None:
                 config.base_model_name_or_path = str(Path(base).resolve())
             config.save_pretrained(args.output_dir)
         else:
-            policy.config.update(policy.original_dropout)
+            policy.config = policy.original_config  # which has the dropout
             policy.save_pretrained(args.output_dir, state_dict=weights)
-        tokenizer.save_pretrained(args.output_dir)
+        getattr(tokenizer, "vision", tokenizer).save_pretrained(args.output_dir)
         write_model_card(args)
         if args.push_to_hub:
             hub, name = huggingface_hub.HfApi(), args.hub_model_id or Path(args.output_dir).name

@@ -19,6 +19,9 @@ options, follow the training loop; a first reader skips them.
     python dpo.py                                     the built-in example, about a minute on a laptop
     torchrun --nproc_per_node 8 dpo.py --model_name_or_path Qwen/Qwen2-0.5B-Instruct \
         --dataset_name trl-lib/ultrafeedback_binarized --output_dir Qwen2-0.5B-DPO
+
+A vision–language model takes images from a column image or images, and their places from the messages of the
+prompt: {"type": "image"}.
 """
 
 from __future__ import annotations
@@ -147,10 +150,14 @@ def evaluate(policy, reference_logps, tokenizer, test: Data, args, log, step: in
 def main(args: Arguments) -> None:
     rank, world, device = common.start(args)
     tokenizer = common.load_tokenizer(common.policy_path(args), args)
+    if args.freeze_vision_tower and not hasattr(tokenizer, "vision"):
+        common.fail(f"--freeze_vision_tower: {args.model_name_or_path} has no vision tower")
     train, test = common.load_data(args, tokenizer)
     # The row numbers of all batches, (steps, batch_size), are the same on all processes.
     batches = common.global_batches(train, args)
     policy = common.load_model(common.policy_path(args), args, device, trainable=True)
+    if args.freeze_vision_tower:
+        policy.get_encoder(modality="image").requires_grad_(False)
     reference = load_reference(args, device, tokenizer, policy)
     optimizer = common.adamw(policy, args)
     bco_rewards = torch.zeros(2, dtype=torch.float64)  # BCO: sum of mean rewards, and number of steps
@@ -433,8 +440,11 @@ def load_reference(args: Arguments, device: torch.device, tokenizer, policy):
     """The model that the policy is compared with; by default the policy as it is before training."""
     # `with reference() as model:` gives it. With LoRA it is the policy itself, as it was before training.
     path = args.ref_model_name_or_path
-    if path and common.load_tokenizer(path, args).get_vocab() != tokenizer.get_vocab():
+    other = common.load_tokenizer(path, args) if path else tokenizer
+    if other.get_vocab() != tokenizer.get_vocab():
         common.fail(f"the reference {path} has another vocabulary than {args.model_name_or_path}")
+    if hasattr(other, "vision") != hasattr(tokenizer, "vision"):
+        common.fail(f"only one of the reference {path} and {args.model_name_or_path} takes images")
     reference = common.load_reference(path, policy, args, device, updated=args.sync_ref_model)
     with reference() as model:
         shapes, policy_shapes = ([p.shape for p in m.parameters()] for m in (model, policy))
@@ -491,6 +501,7 @@ class Arguments(common.Arguments):
     ld_alpha: float | None = arg(None, "weight of tokens past the shorter answer's end (LD-DPO, 2409.06411)")
     ref_model_name_or_path: str | None = arg(None, "the reference [the policy as it is before training]")
     ref_adapter_name: str | None = arg(None, "the reference: an adapter in a folder of model_name_or_path")
+    freeze_vision_tower: bool = arg(False, "train only the rest of a vision–language model")
     precompute_ref_log_probs: bool = arg(False, "compute those of the reference first, then free it")
     sync_ref_model: bool = arg(False, "let the reference follow the policy (TR-DPO, 2404.09656)")
     ref_model_sync_steps: int = arg(512, "steps between updates of the reference")

@@ -125,7 +125,7 @@ WRONG = [  # method, flags, what is said
         "62 tokens, but embeds 61",
     ),
     (
-        "dpo",
+        "cpo",
         "--model_name_or_path {dir}/vision --dataset_name {data}",
         "is of type gemma3, not a language",
     ),

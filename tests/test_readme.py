@@ -22,7 +22,9 @@ def test_the_table_of_methods_has_all_of_them_with_their_numbers_of_lines():
     assert lines == {f"{name}.py": len((ROOT / f"{name}.py").read_text().splitlines()) for name in METHODS}
 
 
-@pytest.mark.parametrize("row", [row for row in README.splitlines() if "lr " in row and "| no |" in row or "| yes |" in row])
+@pytest.mark.parametrize(
+    "row", [row for row in README.splitlines() if "lr " in row and "| no |" in row or "| yes |" in row]
+)
 def test_published_settings_are_the_defaults(monkeypatch, row):
     cells = [cell.strip() for cell in row.strip("|").split("|")]
     script = re.search(r"(\w+)\.py", cells[0])
@@ -30,7 +32,12 @@ def test_published_settings_are_the_defaults(monkeypatch, row):
     flags = flags[1] if flags else ""
     method = script[1] if script else "cpo"
     settings = dict(part.split() for part in cells[-2].split(", "))
-    names = {"lr": "learning_rate", "β": "beta", "γ": "simpo_gamma" if method == "cpo" else "gamma", "α": "alpha"}
+    names = {
+        "lr": "learning_rate",
+        "β": "beta",
+        "γ": "simpo_gamma" if method == "cpo" else "gamma",
+        "α": "alpha",
+    }
     if "cpo_alpha" in flags:  # not the defaults of a flag, but a recipe
         flags += f" --beta {settings['β']} --simpo_gamma {settings['γ']}"
     needs = " --judge tests/bench/happy.py:happier" if method == "xpo" else ""
@@ -51,7 +58,11 @@ def test_tables_of_results_are_those_of_their_json(data):
 @pytest.mark.parametrize("folder", ["", "tests", "tests/bench"])
 def test_links_to_files_and_sections_lead_somewhere(folder):
     text = (ROOT / folder / "README.md").read_text()
-    titles = {re.sub(r"[^\w\- ]", "", line.lstrip("# ").lower()).replace(" ", "-") for line in text.splitlines() if line.startswith("#")}
+    titles = {
+        re.sub(r"[^\w\- ]", "", line.lstrip("# ").lower()).replace(" ", "-")
+        for line in text.splitlines()
+        if line.startswith("#")
+    }
     links = [link for link in re.findall(r"\]\(([^)]*)\)", text) if not link.startswith("http")]
     assert links or folder
     for link in links:
@@ -75,7 +86,9 @@ def test_rows_of_the_data_section_load(tmp_path, capsys):
     tokenizer = common.load_tokenizer(common.TOY_MODEL, common.Arguments(model_name_or_path=common.TOY_MODEL))
     for row in rows:
         (tmp_path / "row.jsonl").write_text(json.dumps(row) + "\n")
-        args = common.Arguments(dataset_name=str(tmp_path / "row.jsonl"), model_name_or_path="m", eval_strategy="no")
+        args = common.Arguments(
+            dataset_name=str(tmp_path / "row.jsonl"), model_name_or_path="m", eval_strategy="no"
+        )
         completions = ("chosen", "rejected") if "chosen" in row else ()
         train, test = common.load_data(args, tokenizer, completions)
         assert len(train.tokens) == 1 and test is None
@@ -83,6 +96,11 @@ def test_rows_of_the_data_section_load(tmp_path, capsys):
 
 def test_loss_types_of_the_table_are_those_of_dpo():
     section = README.split("## The losses of dpo.py")[1].split("\n## ")[0]
-    listed = [name for line in section.splitlines() if line.startswith("| ") for name in line.split("|")[1].split(",")]
+    listed = [
+        name
+        for line in section.splitlines()
+        if line.startswith("| ")
+        for name in line.split("|")[1].split(",")
+    ]
     dpo = importlib.import_module("dpo")
     assert {name.strip() for name in listed[1:]} == {*dpo.LOSS_TYPES} - {"aot_pair"}
