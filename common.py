@@ -70,7 +70,7 @@ class Batch:
     with another number of completions for each prompt has that number of rows for each prompt.
     """
 
-    # For model(**inputs): input_ids and attention_mask (2B, L), and pixels of images, if there are any. With an
+    # For model(**inputs): input_ids and attention_mask (2B, L), and the pixels of images, if any. With an
     # encoder, the first two are prompts, (2B, P), and decoder_input_ids (2B, L) are the labels, shifted right
     # behind the decoder's start token.
     inputs: dict[str, Tensor]
