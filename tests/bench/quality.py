@@ -44,7 +44,7 @@ RATES = {  # around the rates of the built-in example: a third, once and three t
     "cpo.py --loss_type simpo": (1e-5, 3e-5, 1e-4),
     "alphapo.py": (1e-5, 3e-5, 1e-4),
     "orpo.py": (3e-4, 1e-3, 3e-3),
-    "xpo.py": (1e-4, 3e-4, 1e-3),
+    "xpo.py": (3e-5, 1e-4, 3e-4, 1e-3),
 }
 CHOOSE = {f"{m}, lr {lr:g}": f"{m} --learning_rate {lr:g}" for m, rates in RATES.items() for lr in rates}
 STORIES = {
