@@ -5,6 +5,7 @@ To understand a training step, read the first section: the batch, and log π of 
 
 from __future__ import annotations
 
+import copy
 import difflib
 import glob
 import hashlib
@@ -78,7 +79,8 @@ class Batch:
     completions: Tensor  # (2B, L) bool: whether the label is a token of a completion
     scored: Tensor  # (2B, L) bool: whether its log-probability is wanted: completions, for ORPO also prompts
     padded_index: Tensor  # (2, N) rows and columns of the scored labels
-    # The same for the fast forward pass: see `pack`. With an encoder: each prompt once, and that of each row.
+    # The same for the fast forward pass, made by `pack`. With an encoder, packed_inputs are each prompt once,
+    # and packed_index (2B,) says which of them belongs to a row.
     packed_inputs: dict[str, Tensor]
     packed_index: Tensor
     spans: list[list[int]] | None
@@ -111,10 +113,10 @@ def token_logps(model, batch: Batch, *, of: Callable[[Tensor, Tensor], Tensor] =
     if model.forward_pass == "packed":
         outputs = model.get_decoder()(**batch.packed_inputs, spans=batch.spans, use_cache=False)
         hidden = outputs.last_hidden_state[0, batch.packed_index] * logit_scale(model)  # (N, D)
-        weight, bias = (getattr(model.get_output_embeddings(), name) for name in ("weight", "bias"))
-    else:  # model.forward, not model(...): FSDP's hooks have already run for this method
+        weight, bias = model.get_output_embeddings().weight, model.get_output_embeddings().bias
+    else:  # Both keep the logits (2B, L, V). model.forward: FSDP's hooks have already run for this method
         inputs = dict(batch.inputs)
-        if model.forward_pass == "encoded once":  # else "padded"; both keep logits (2B, L, V)
+        if model.forward_pass == "encoded once":  # otherwise "padded"
             inputs["encoder_outputs"] = encoded = model.get_encoder()(**batch.packed_inputs)
             encoded.last_hidden_state = encoded.last_hidden_state[batch.packed_index]  # (2B, P, D)
         outputs = model.forward(**inputs, use_cache=False)
@@ -228,11 +230,11 @@ CHUNK_TOKENS, CHUNK_LOGITS = 1024, 2**26
 
 
 class ChunkedHead(torch.autograd.Function):
-    """of(logits, labels): logits (N, V) are hidden @ weight.T + bias, or without a weight `hidden` itself.
+    """of(hidden @ weight.T + bias, labels), without keeping the logits; without a weight, of(hidden, labels).
 
-    The logits of a chunk of tokens are made when they are needed, and again in the backward pass, so they are
-    never all in memory. They are in float32, and so is the sum of the weight's gradient over chunks: in
-    bfloat16, rounding would change a log-probability by about 0.01, and the gradient by about 1%.
+    The logits (N, V) are made for one chunk of tokens at a time, and again in the backward pass. They are in
+    float32, and so is the sum of the weight's gradient over chunks: rounding to bfloat16 would change a
+    log-probability by about 0.01, and rounding that sum would change the gradient by about 1%.
     """
 
     @staticmethod
@@ -255,7 +257,7 @@ class ChunkedHead(torch.autograd.Function):
             with torch.enable_grad():
                 values = ctx.of(logits, y)
             logits_grad = torch.autograd.grad(values, logits, values_grad)[0].to(h.dtype)
-            h_grad.copy_(logits_grad if weight is None else logits_grad @ weight)
+            h_grad.copy_(logits_grad if weight is None else logits_grad @ weight)  # a part of hidden_grad
             if weight_grad is not None:
                 weight_grad += wide_product(logits_grad.T, h)
             if bias_grad is not None:
@@ -271,7 +273,7 @@ def logits_of(hidden: Tensor, weight: Tensor | None, bias: Tensor | None) -> Ten
 def wide_product(a: Tensor, b: Tensor) -> Tensor:
     """a @ b in float32 or better: products of bfloat16 are not rounded to bfloat16."""
     dtype = torch.promote_types(a.dtype, torch.float32)
-    if a.is_cuda and dtype != a.dtype:  # CPUs have no such product
+    if a.is_cuda and dtype != a.dtype:  # out_dtype exists on CUDA only
         return torch.mm(a, b, out_dtype=dtype)
     return a.to(dtype) @ b.to(dtype)
 
@@ -288,7 +290,7 @@ def decoder_prompt_of(config) -> list[int] | None:
 
 @torch.no_grad()
 def choose_forward_pass(model) -> None:
-    """Set model.forward_pass to a fast one if that has the numbers of plain_token_logps, or to "padded"."""
+    """Set model.forward_pass to a fast one if it agrees with plain_token_logps, and otherwise to "padded"."""
     # Not all architectures call the attention function, and some do more to hidden states than logits_of.
     examples = [([1, 2, 3, 4, 5], [1, 3, 2], [4, 4, 1, 2, 5, 3]), ([2], [5], [3, 1, 4, 1, 5, 2, 4])]
     decoder_prompt, attention = decoder_prompt_of(model.config), model.config._attn_implementation
@@ -296,14 +298,14 @@ def choose_forward_pass(model) -> None:
     want, reason, config = plain_token_logps(model, batch), "", model.config.get_text_config()
     model.forward_pass, model.router_loss = "encoded once" if decoder_prompt else "packed", None
     try:
-        special = ("attention_chunk_size", "output_router_logits", "vision_config")
-        if any(getattr(part, name, None) for part in (config, model.config) for name in special):
-            raise NotImplementedError("attention within chunks, a load-balancing loss, or images")
+        for name in ("attention_chunk_size", "output_router_logits", "vision_config"):
+            if getattr(config, name, None) or getattr(model.config, name, None):
+                raise NotImplementedError(f"its configuration has {name}")
         if model.forward_pass == "packed":
             model.set_attn_implementation("packed")
         difference = (token_logps(model, batch) - want).abs().max().item()
         if not difference < (5e-3 if model.dtype == torch.bfloat16 else 5e-5) * want.abs().max().item():
-            reason = f"{model.forward_pass} they would differ by {difference:.0e}"
+            reason = f"its {model.forward_pass} log-probabilities differ by {difference:.0e}"
     except Exception as error:  # whatever an architecture does that nobody foresaw
         reason = f"{type(error).__name__}: {first_line(error)}"
     if reason:
@@ -654,7 +656,7 @@ def encode_labels(tokenizer, text: str) -> list[int]:
     # BART's <s> is a label: its decoder reads </s> <s> ... as in pretraining, and as in transformers and TRL.
     # T5 has no BOS. A start token that a tokenizer adds (T5Gemma) is no label, nor is mBART's last language.
     ids, eos = tokenizer(text_target=text)["input_ids"], tokenizer.eos_token_id
-    ids = ids[ids[:1] == tokenizer.decoder_prompt :]
+    ids = ids[1:] if ids[:1] == tokenizer.decoder_prompt else ids
     return [*ids[: ids.index(eos) if eos in ids else None], eos]
 
 
@@ -824,6 +826,7 @@ def load_model(path: str, args: Arguments, device: torch.device, *, trainable: b
     # neither trained nor `updated` in another way are kept in bfloat16 if args.bf16 says to compute in it.
     base = adapter_base(path, args)
     config = from_pretrained(AutoConfig, base or path, args)
+    original_config = copy.deepcopy(config)
     for part in [config, *(getattr(config, name) for name in config.sub_configs)]:
         part.update({k: 0.0 for k, value in vars(part).items() if "drop" in k and isinstance(value, float)})
     dtype = compute_dtype = getattr(torch, args.dtype)
@@ -850,13 +853,12 @@ def load_model(path: str, args: Arguments, device: torch.device, *, trainable: b
         with torch.device("meta"):
             options = {"dtype": base_dtype, "trust_remote_code": args.trust_remote_code}
             model = kind.from_config(config, **options)
-        model.to_empty(device="cpu").tie_weights()  # takes no memory before something is written there
-        properties = source and (source.forward_pass, source.config._attn_implementation)
-        model.forward_pass, attention = from_rank_0(properties)
-        model.set_attn_implementation(attention)
-        model.generation_config = from_rank_0(source and source.generation_config)
-        model.router_loss = None
-    model.original_config = from_pretrained(AutoConfig, base or path, args)  # save_model writes it
+        model.to_empty(device="cpu").tie_weights()  # it takes up memory when something is written there
+        copied = ("forward_pass", "router_loss", "generation_config")
+        for name, value in from_rank_0(source and {name: getattr(source, name) for name in copied}).items():
+            setattr(model, name, value)
+        model.set_attn_implementation(from_rank_0(source and source.config._attn_implementation))
+    model.original_config = original_config  # with its dropout; save_model writes it
     model.adapted = adapted
     model.train(trainable).requires_grad_(trainable and not model.adapted)
     if trainable and args.gradient_checkpointing:
@@ -879,8 +881,9 @@ def load_model(path: str, args: Arguments, device: torch.device, *, trainable: b
 def receive_weights(model, source) -> None:
     """Fill a sharded model with the weights and buffers of `source`, which only rank 0 has."""
     weights, buffers = (source.state_dict(), dict(source.named_buffers())) if source else ({}, {})
-    for name in [name for name in model.state_dict() if ".base_layer" in name]:  # it has got an adapter
-        weights[name] = weights.get(name.replace(".base_layer", ""))
+    names = [name for name in model.state_dict() if "lora_" not in name]
+    # peft renames the weight of a layer that gets an adapter to base_layer.weight.
+    weights = {name: weights[name.replace(".base_layer", "")] for name in names if source}
     options = {"full_state_dict": True, "broadcast_from_rank0": True, "strict": False}
     dsd.set_model_state_dict(model, weights, options=dsd.StateDictOptions(**options))
     for name, buffer in model.named_buffers():
@@ -1075,7 +1078,7 @@ def generate(model, tokenizer, prompts: list[list[int]], args: Arguments, images
             # If weights are gathered at every token, all processes must generate equally many.
             output = model.generate(input_ids=ids, attention_mask=mask, synced_gpus=not full, **pixels)
             output = output[:, 1 if decoder_prompt else ids.shape[1] :].tolist()
-            for row, completion in zip(rows, output, strict=False):  # without the blank one, the last
+            for row, completion in zip(rows, output[: len(rows)], strict=True):
                 completions[row] = completion
     model.train(was_training)
     model.generation_config = config
@@ -1430,9 +1433,10 @@ def write_model_card(args: Arguments) -> None:
     files = Path(args.output_dir).glob("metrics.jsonl")
     metrics = [json.loads(line) for file in files for line in file.open()]
     held_out = [row for row in metrics if any(name.startswith("eval_") for name in row)][-1:]
-    text = [f"{base} trained with {method} on {data}.", "", f"    {shlex.join(sys.argv)}", ""]
+    command = shlex.join(["python", *sys.argv])
+    text = [f"{base} trained with {method} on {data}.", "", f"    {command}", ""]
     text += ["| held-out metric | value |", "|---|---|"] if held_out else []
-    text += [f"| {name} | {value} |" for row in held_out for name, value in row.items()]
+    text += [f"| {name} | {value} |" for row in held_out for name, value in row.items() if name != "step"]
     path.write_text("\n".join(["---", card.to_yaml(), "---", "", *text, ""]))
 
 
