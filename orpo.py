@@ -159,6 +159,7 @@ class Arguments(common.Arguments):
     """ORPO's own arguments; those of all methods are in common.py."""
 
     beta: float = arg(0.1, "weight of the odds ratio against the NLL (the paper's λ)")
+    learning_rate: float = arg(5e-6, "peak learning rate of AdamW; with LoRA, ten times the default")
     no_prompt_loss: bool = arg(False, "NLL of the chosen answers only, not of prompts")
 
     def __post_init__(self):

@@ -301,7 +301,7 @@ def test_a_disk_that_is_really_full(tmp_path):
 
 def test_two_runs_in_one_place(tmp_path):
     uninterrupted("cpo.py")  # from here on, the second run starts without delay
-    longer = "--max_steps", "30", "--save_steps", "30", "--eval_strategy", "no"
+    longer = "--max_steps", "120", "--save_steps", "120", "--eval_strategy", "no"
     first = start("cpo.py", tmp_path / "a", *longer)
     while not (tmp_path / "a" / "metrics.jsonl").exists():
         assert first.poll() is None
@@ -309,7 +309,7 @@ def test_two_runs_in_one_place(tmp_path):
     second, said = run("cpo.py", tmp_path / "a", *longer)
     assert second == 1 and "another run is running in" in said and "Traceback" not in said
     assert finish(first)[0] == 0
-    assert [line["step"] for line in metrics_of(tmp_path / "a")] == [*range(1, 31)]
+    assert [line["step"] for line in metrics_of(tmp_path / "a")] == [*range(1, 121)]
 
 
 @pytest.mark.parametrize(

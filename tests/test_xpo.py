@@ -148,7 +148,7 @@ def test_evaluations_and_training_steps_have_different_seeds(monkeypatch):
     """An evaluation after `step` steps, and training step `step`, which follows it."""
     args, evaluations, training = arguments(), [], []
 
-    def generate(model, tokenizer, prompts, args, **how):
+    def generate(model, tokenizer, prompts, args, images=(), **how):
         evaluations.append(torch.initial_seed())
         return prompts
 
