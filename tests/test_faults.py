@@ -1,6 +1,6 @@
 """What happens to training runs: kills anywhere, dying ranks, other machines, bad disks, bad numbers.
 
-pytest -m long tests/test_faults.py has hundreds of kills at random places; KILLS says how many.
+pytest -n 0 -m long tests/test_faults.py has hundreds of kills at random places; KILLS says how many.
 """
 
 import json
