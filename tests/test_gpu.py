@@ -1,4 +1,4 @@
-"""pytest -n 0 -m gpu: what only a GPU shows, in about two minutes. Skipped without CUDA.
+"""pytest -n 0 -m gpu: what only a GPU shows. Skipped without CUDA.
 
 Writes gpu.json to the current directory: device, versions, attention kernels and what was measured.
 """
