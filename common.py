@@ -360,7 +360,8 @@ def load_data(args: Arguments, tokenizer, completions=("chosen", "rejected"), *,
         say(f"columns that are not used: {', '.join(unused)}")
     if tokenizer.chat_template and isinstance(split_prompt(data[0].raw[0], images=True)[0], str):
         message = '"prompt": [{"role": "user", "content": ...}]'
-        say(f"texts are not joined by a space and get no chat template, which is for messages: {message}")
+        say("warning: texts get neither the chat template, which a model may need, nor a space between them;")
+        say(f"for the template, write messages: {message}")
     example = {name: tokenizer.decode(ids) for name, ids in data[0].tokens[0].items()}
     say("the first row: " + "  ".join(f"{name} {SHORT.repr(text)}" for name, text in example.items()))
     digest = hashlib.sha256(b"".join(split.lengths.tobytes() for split in data))
@@ -670,7 +671,8 @@ def global_batches(data: Data, args: Arguments) -> np.ndarray:
     per_epoch = rows // size
     steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * per_epoch - 1e-9)
     why = f", not batch_size {args.batch_size}, because there are no more" if size < args.batch_size else ""
-    few = "; so few change little: see --num_train_epochs and --batch_size" if steps < 20 else ""
+    flags = "--max_steps, --num_train_epochs, --batch_size, --learning_rate"
+    few = f"; so few change little: see {flags}" if steps < 20 else ""
     say(f"training: steps of {size} rows{why}; {steps} steps{few}")
     for epoch in range(math.ceil(steps / per_epoch)):
         order = np.random.default_rng((args.seed, epoch)).permutation(rows)[: per_epoch * size]
@@ -782,7 +784,7 @@ def from_pretrained(kind, path: str, args: Arguments, **options):
     options["revision"] = revision_of(path, args)
     if "dtype" in options and not args.trust_remote_code:  # of weights: refuse pickles
         options["use_safetensors"] = True
-    with one_line(f"cannot load {path}"):
+    with one_line(f"cannot load {path}" + ", which is not a directory here" * (not Path(path).exists())):
         return kind.from_pretrained(path, trust_remote_code=args.trust_remote_code, **options)
 
 
@@ -1546,6 +1548,7 @@ GROUPS = dict(model_name_or_path="model", dataset_name="data", learning_rate="op
 GROUPS |= dict(per_device_train_batch_size="memory", eval_strategy="evaluation", output_dir="output")
 MISTAKES = {
     "--fp16": "use --bf16: float16 would need its loss scaled",
+    "--lr": "use --learning_rate",
     "--max_prompt_length": "--max_length is of prompt and completion; see also --truncate_prompt",
     "--per_device_batch_size": "did you mean --per_device_train_batch_size?",
 }

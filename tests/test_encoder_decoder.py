@@ -146,7 +146,8 @@ def test_an_encoder_whose_outputs_cannot_be_repeated_runs_padded(capsys):
     encoder = model.get_encoder()
     model.get_encoder = lambda: lambda **inputs: encoder(inputs["input_ids"])  # ignores the padding
     choose_forward_pass(model)
-    assert model.forward_pass == "padded" and "its encoded once log-probabilities differ" in capsys.readouterr().out
+    assert model.forward_pass == "padded"
+    assert "its encoded once log-probabilities differ" in capsys.readouterr().out
     batch = batch_of(model, pairs)
     got = of_completions(token_logps(model, batch), batch)
     torch.testing.assert_close(got, by_hand(model, pairs), rtol=0, atol=1e-5)

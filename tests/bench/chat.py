@@ -1,7 +1,7 @@
 """Talk to a trained model: python tests/bench/chat.py output/Qwen2-0.5B-dpo
 
 Each line is a turn of one conversation; an empty line or the end of the input ends it. A model without a chat
-template gets the text as it is, and continues it.
+template gets the text as it is, and continues it. Answers are greedy: the likeliest token each time.
 """
 
 import sys
@@ -17,10 +17,10 @@ def main(folder: str = "") -> None:
     print("an empty line ends the conversation")
     while text := ask():
         if generate.tokenizer.chat_template is None:
-            print(generate(text, max_new_tokens=256)[0]["generated_text"])
+            print(generate(text, max_new_tokens=256, do_sample=False)[0]["generated_text"])
             continue
         messages.append({"role": "user", "content": text})
-        messages = generate(messages, max_new_tokens=256)[0]["generated_text"]
+        messages = generate(messages, max_new_tokens=256, do_sample=False)[0]["generated_text"]
         print(messages[-1]["content"])
 
 
