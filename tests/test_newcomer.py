@@ -165,7 +165,7 @@ def test_columns_are_renamed(tmp_path, suffix):
 
 def test_texts_for_a_model_with_a_chat_template_are_pointed_out(tmp_path, capsys):
     load(write(tmp_path / "texts.jsonl", [ONE]))
-    assert 'for messages: "prompt": [{"role": "user", "content": ...}]' in capsys.readouterr().out
+    assert 'write messages: "prompt": [{"role": "user", "content": ...}]' in capsys.readouterr().out
     load(write(tmp_path / "chat.jsonl", [CHAT]))
     assert "for messages" not in capsys.readouterr().out
 
