@@ -312,9 +312,10 @@ from test_encoder_decoder import data_of
 torch.set_default_dtype(torch.float64)
 torch.float32, torch.float, torch.Tensor.float = torch.float64, torch.float64, torch.Tensor.double
 folder, results = sys.argv[1], {}
+args = common.Arguments("none", "none", dtype="float64", output_dir=f"{folder}/out")
+rank, world, device = common.start(args)
 for kind in ("t5", "bart"):
-    args = common.Arguments(f"{folder}/{kind}", "none", dtype="float64", output_dir=f"{folder}/out")
-    rank, world, device = common.start(args)
+    args.model_name_or_path = f"{folder}/{kind}"
     for use_peft in (False, True):
         args.use_peft = use_peft
         policy = common.load_model(args.model_name_or_path, args, device, trainable=True)
@@ -326,7 +327,7 @@ for kind in ("t5", "bart"):
             for size in (7, 2):
                 metrics, gradient = step(script, options, policy, None, pairs, size)
                 results[kind, use_peft, method, size] = metrics, gradient.tolist()
-    torch.distributed.destroy_process_group()
+torch.distributed.destroy_process_group()
 if rank == 0:
     Path(f"{folder}/{world}").write_bytes(pickle.dumps(results))
 """
