@@ -134,7 +134,9 @@ CHAINS = [("dpo.py", 2), *((script, 2 if script == "xpo.py" else 1) for script i
 
 @pytest.mark.parametrize(("script", "processes"), CHAINS)
 def test_killed_anywhere_the_same_command_resumes_the_run(tmp_path, script, processes):
-    for i, (where, call, event, sent) in enumerate(CHAIN.get(script, OTHERS)):
+    faults = CHAIN.get(script, OTHERS)
+    faults = faults[1::2] if len(faults) > 4 and processes == 2 else faults  # the others with one process
+    for i, (where, call, event, sent) in enumerate(faults):
         fault = {"where": where, "call": call, "event": event, "signal": sent, "rank": i % processes}
         status, said = run(script, tmp_path / "b", processes=processes, fault=fault)
         assert status != 0, f"the fault did not happen: {fault}\n{said[-2000:]}"
