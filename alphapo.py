@@ -100,9 +100,8 @@ def loss_and_metrics(policy, batch: Batch, args: Arguments) -> tuple[Tensor, dic
     """
     token_logps = policy.token_logps(batch)  # (2B, L): log π of each token of an answer
     logps = token_logps.sum(1).view(-1, 2)  # (B, 2): chosen, rejected
-    averages = logps / batch.completions.sum(1).view(
-        -1, 2
-    )  # AlphaPO's reward depends on the mean over tokens
+    # AlphaPO's reward depends on the mean over tokens.
+    averages = logps / batch.completions.sum(1).view(-1, 2)
     losses = alphapo_loss(*averages.unbind(1), beta=args.beta, gamma=args.gamma, alpha=args.alpha)
     loss = losses.sum() / batch.global_pairs
     nll_loss = -logps[:, 0].detach().sum() / batch.global_tokens["chosen"]  # to watch; it is not in the loss

@@ -118,10 +118,9 @@ def loss_and_metrics(policy, batch: Batch, args: Arguments) -> tuple[Tensor, dic
     gradient depends on how a batch is split over processes and micro-batches.
     """
     token_logps = policy.token_logps(batch)  # (2B, L): log π of each token of an answer
-    logps = token_logps.sum(1).view(-1, 2)  # (B, 2): chosen, rejected; CPO sums over tokens
-    values = (
-        logps / batch.completions.sum(1).view(-1, 2) if args.loss_type in AVERAGED else logps
-    )  # SimPO averages
+    values = logps = token_logps.sum(1).view(-1, 2)  # (B, 2): chosen, rejected; CPO sums over tokens
+    if args.loss_type in AVERAGED:  # SimPO averages
+        values = logps / batch.completions.sum(1).view(-1, 2)
     losses = cpo_loss(
         *values.unbind(1),
         beta=args.beta,
@@ -130,9 +129,7 @@ def loss_and_metrics(policy, batch: Batch, args: Arguments) -> tuple[Tensor, dic
         simpo_gamma=args.simpo_gamma,
         alpha=args.alpha,
     )
-    nll_loss = (
-        -logps[:, 0].sum() / batch.global_tokens["chosen"]
-    )  # a mean over tokens: long answers count more
+    nll_loss = -logps[:, 0].sum() / batch.global_tokens["chosen"]  # a mean over all chosen tokens
     loss = losses.sum() / batch.global_pairs + args.cpo_alpha * nll_loss
 
     values = values.detach()
@@ -232,9 +229,7 @@ class Arguments(common.Arguments):
     simpo_gamma: float | None = arg(None, "target margin γ, not γ/β [simpo 1.375, alphapo 0.1]")
     alpha: float | None = arg(None, "AlphaPO's α, for every loss type [0; alphapo 0.25]")
     label_smoothing: float = arg(0.0, "ε: fraction of flipped labels")
-    learning_rate: float | None = arg(
-        None, "peak learning rate [1e-6; alphapo 7e-7; with LoRA ten times that]"
-    )
+    learning_rate: float | None = arg(None, "peak learning rate [1e-6; alphapo 7e-7; with LoRA ten times]")
 
     def __post_init__(self):
         super().__post_init__()

@@ -65,9 +65,8 @@ def loss_and_metrics(policy, batch: Batch, args: Arguments) -> tuple[Tensor, dic
     averages = logps / batch.completions.sum(1).view(-1, 2)  # ORPO's odds are those of the mean over tokens
     nll, tokens = -logps[:, 0].sum(), batch.global_tokens["chosen"]
     if not args.no_prompt_loss:
-        nll = -token_logps[
-            ::2
-        ].sum()  # prompts and chosen answers; the first token of a prompt is not predicted
+        # Prompts and chosen answers. Nothing predicts the first token of a prompt.
+        nll = -token_logps[::2].sum()
         tokens += batch.global_tokens["prompt"] - batch.global_pairs
     nll_loss = nll / tokens
     loss = nll_loss + args.beta * orpo_loss(*averages.unbind(1)).sum() / batch.global_pairs
