@@ -75,16 +75,16 @@ class Batch:
     # encoder, the first two are prompts, (2B, P), and decoder_input_ids (2B, L) are the labels, shifted right
     # behind the decoder's start token.
     inputs: dict[str, Tensor]
+    per_prompt: int  # rows for each prompt: 2
     labels: Tensor  # (2B, L)
     completions: Tensor  # (2B, L) bool: whether the label is a token of a completion
     scored: Tensor  # (2B, L) bool: whether its log-probability is wanted: completions, for ORPO also prompts
     padded_index: Tensor  # (2, N) rows and columns of the scored labels
-    # The same for the fast forward pass, made by `pack`. With an encoder, packed_inputs are each prompt once,
-    # and packed_index (2B,) says which of them belongs to a row.
-    packed_inputs: dict[str, Tensor]
-    packed_index: Tensor
-    spans: list[list[int]] | None
     global_pairs: int  # pairs in the global batch, of which this batch is a part
+    # The same tokens for the fast forward pass, from `pack`. With an encoder there are none.
+    packed_inputs: dict[str, Tensor] | None = None
+    packed_index: Tensor | None = None
+    spans: list[list[int]] | None = None
     global_tokens: dict[str, int] | None = None  # tokens in the global batch: of prompts, chosen, rejected
     rows: np.ndarray | None = None  # (B,) row numbers of the pairs in the dataset
 
@@ -115,10 +115,11 @@ def token_logps(model, batch: Batch, *, of: Callable[[Tensor, Tensor], Tensor] =
         hidden = outputs.last_hidden_state[0, batch.packed_index] * logit_scale(model)  # (N, D)
         weight, bias = model.get_output_embeddings().weight, model.get_output_embeddings().bias
     else:  # Both keep the logits (2B, L, V). model.forward: FSDP's hooks have already run for this method
-        inputs = dict(batch.inputs)
+        inputs, k = dict(batch.inputs), batch.per_prompt
         if model.forward_pass == "encoded once":  # otherwise "padded"
-            inputs["encoder_outputs"] = encoded = model.get_encoder()(**batch.packed_inputs)
-            encoded.last_hidden_state = encoded.last_hidden_state[batch.packed_index]  # (2B, P, D)
+            prompts = {name: inputs[name][::k] for name in ("input_ids", "attention_mask")}  # (B, P)
+            inputs["encoder_outputs"] = encoded = model.get_encoder()(**prompts)
+            encoded.last_hidden_state = encoded.last_hidden_state.repeat_interleave(k, 0)  # (2B, P, D)
         outputs = model.forward(**inputs, use_cache=False)
         hidden = outputs.logits[rows, columns]  # (N, V): the head has run already
         model.router_loss = outputs.get("aux_loss")
@@ -140,35 +141,36 @@ def collate(
     # All processes must run a sharded model equally often: without examples, on a token that has no label.
     # Without images, they run the vision tower on a blank one, in a row that has no label either.
     inputs = examples or [([0], [0])]
+    k = len(inputs[0]) - 1
     # With an encoder, the decoder's own prompt is its start token.
-    sequences = [(decoder_prompt or prompt, y) for prompt, *completions in examples for y in completions]
-    labeled = slice(len(sequences))
-    sequences += [(vision.blank_prompt, [0])] if vision and not images else []
-    sequences = sequences or [([0], [0])]
-    tokens = [torch.tensor([*prompt, *y]) for prompt, y in sequences]
-    tokens = pad_sequence(tokens, batch_first=True)  # (2B, L + 1)
-    prompt_ends = torch.tensor([[len(prompt)] for prompt, _ in sequences])  # (2B, 1)
-    ends = prompt_ends + torch.tensor([[len(y)] for _, y in sequences])
-    label_column = torch.arange(1, tokens.shape[1])
-    has_label = label_column < ends  # (2B, L)
-    completions = has_label & (label_column >= prompt_ends)
+    rows = [(decoder_prompt or prompt, y) for prompt, *completions in inputs for y in completions]
+    labeled = slice(len(rows) if examples else 0)
+    rows += [(vision.blank_prompt, [0])] if vision and not images else []
+    tokens, is_token = pad([[*prompt, *y] for prompt, y in rows])  # (2B, L + 1)
+    prompt_ends = torch.tensor([[len(prompt)] for prompt, _ in rows])  # (2B, 1)
+    has_label = is_token[:, 1:]  # (2B, L)
+    completions = has_label & (torch.arange(1, tokens.shape[1]) >= prompt_ends)
     scored = completions.clone()
     if score_prompts:  # once for each prompt, in its first row
-        scored[:: len(inputs[0]) - 1] = has_label[:: len(inputs[0]) - 1]
+        scored[::k] = has_label[::k]
     tensors = {"labels": tokens[labeled, 1:], "completions": completions[labeled], "scored": scored[labeled]}
     tensors["padded_index"] = scored[labeled].nonzero().T
     if decoder_prompt:
-        prompts = [torch.tensor(prompt) for prompt, *_ in inputs]
-        once = {"input_ids": prompts, "attention_mask": [torch.ones_like(prompt) for prompt in prompts]}
-        once = {name: pad_sequence(x, batch_first=True) for name, x in once.items()}  # (B, P)
-        index = torch.arange(len(inputs)).repeat_interleave(len(inputs[0]) - 1)  # (2B,) each row's prompt
-        rows = {name: x[index] for name, x in once.items()} | {"decoder_input_ids": tokens[:, :-1]}
-        tensors |= {"inputs": rows, "packed_inputs": once, "packed_index": index, "spans": None}
+        prompts, mask = pad([prompt for prompt, *_ in inputs for _ in range(k)])  # (2B, P)
+        tensors["inputs"] = {"input_ids": prompts, "decoder_input_ids": tokens[:, :-1]}
     else:
-        tensors["inputs"] = {"input_ids": tokens[:, :-1], "attention_mask": has_label.long()}
+        mask = has_label
+        tensors["inputs"] = {"input_ids": tokens[:, :-1]}
         tensors["inputs"] |= vision.inputs(tokens[:, :-1], images) if vision else {}
         tensors |= pack(inputs, scored[labeled])
-    return Batch(**tree_map_only(Tensor, partial(copy_to, device), tensors), **counts)
+    tensors["inputs"]["attention_mask"] = mask.long()
+    return Batch(per_prompt=k, **tree_map_only(Tensor, partial(copy_to, device), tensors), **counts)
+
+
+def pad(sequences: list[list[int]], value: int = 0, side: str = "right") -> tuple[Tensor, Tensor]:
+    """Token ids (n, longest), padded on one side, and the mask (n, longest) of what is no padding."""
+    ids = pad_sequence([torch.tensor(ids) for ids in sequences], True, padding_value=-1, padding_side=side)
+    return ids.where(ids >= 0, value), ids >= 0
 
 
 def copy_to(device: torch.device, tensor: Tensor) -> Tensor:
@@ -295,7 +297,7 @@ def choose_forward_pass(model) -> None:
     examples = [([1, 2, 3, 4, 5], [1, 3, 2], [4, 4, 1, 2, 5, 3]), ([2], [5], [3, 1, 4, 1, 5, 2, 4])]
     decoder_prompt, attention = decoder_prompt_of(model.config), model.config._attn_implementation
     batch = collate(examples, model.device, decoder_prompt=decoder_prompt, global_pairs=2)
-    want, reason, config = plain_token_logps(model, batch), "", model.config.get_text_config()
+    want, config = plain_token_logps(model, batch), model.config.get_text_config()
     model.forward_pass, model.router_loss = "encoded once" if decoder_prompt else "packed", None
     try:
         for name in ("attention_chunk_size", "output_router_logits", "vision_config"):
@@ -305,16 +307,14 @@ def choose_forward_pass(model) -> None:
             model.set_attn_implementation("packed")
         difference = (token_logps(model, batch) - want).abs().max().item()
         if not difference < (5e-3 if model.dtype == torch.bfloat16 else 5e-5) * want.abs().max().item():
-            reason = f"its {model.forward_pass} log-probabilities differ by {difference:.0e}"
+            raise ArithmeticError(f"its {model.forward_pass} log-probabilities differ by {difference:.0e}")
+        if model.training:  # said once: a reference is not trained
+            say(f"log-probabilities: {model.forward_pass} (checked against padded)")
     except Exception as error:  # whatever an architecture does that nobody foresaw
-        reason = f"{type(error).__name__}: {first_line(error)}"
-    if reason:
         model.forward_pass = "padded"
         model.set_attn_implementation(attention)
-        name = type(model).__name__
+        name, reason = type(model).__name__, f"{type(error).__name__}: {first_line(error)}"
         say(f"warning: {name} runs with padding, which takes more time and memory, because {reason}")
-    elif model.training:  # said once: a reference is not trained
-        say(f"log-probabilities: {model.forward_pass} (checked against padded)")
 
 
 # ------------------------------------------------------------------------------------------- data and batches
@@ -1057,28 +1057,27 @@ def eos_ids(model, tokenizer) -> list[int]:
 def generate(model, tokenizer, prompts: list[list[int]], args: Arguments, images=(), **sampling) -> list:
     """One completion for each prompt: token ids that end in EOS, unless max_new_tokens cut them off."""
     was_training, config, eos = model.training, model.generation_config, eos_ids(model, tokenizer)
-    pad = eos[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    pad_id = eos[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     # A fresh configuration: the checkpoint's temperature, top-k and so on must not change the distribution.
-    sampling |= {"eos_token_id": eos, "pad_token_id": pad, "max_new_tokens": args.max_new_tokens}
+    sampling |= {"eos_token_id": eos, "pad_token_id": pad_id, "max_new_tokens": args.max_new_tokens}
     decoder_prompt = decoder_prompt_of(model.config)
     sampling |= {"decoder_start_token_id": decoder_prompt[0]} if decoder_prompt else {}
     model.generation_config = transformers.GenerationConfig(**sampling)
     model.eval()  # in training mode, gradient checkpointing would switch off the cache of keys and values
     shortest_first = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # so that padding is short
     completions, size = [[] for _ in prompts], args.generation_batch_size
-    side = {"batch_first": True, "padding_side": "right" if decoder_prompt else "left"}  # completions align
+    side = "right" if decoder_prompt else "left"  # left: completions begin in the same column
     vision = getattr(tokenizer, "vision", None)
     with gathered(model, args) as full:
         for start in range(0, len(prompts), size):
             rows = shortest_first[start : start + size]
             shown = sum((images[row] for row in rows), []) if images else []
             blank = [vision.blank_prompt] if vision and not shown else []  # as in collate
-            part = [torch.tensor(prompt) for prompt in [*(prompts[row] for row in rows), *blank]]
-            ids = pad_sequence(part, padding_value=pad, **side).to(model.device)
-            mask = pad_sequence([torch.ones_like(prompt) for prompt in part], **side).to(model.device)
-            pixels = vision.inputs(ids, shown) if vision else {}
+            ids, mask = pad([*(prompts[row] for row in rows), *blank], pad_id, side)
+            inputs = {"input_ids": ids.to(model.device), "attention_mask": mask.long().to(model.device)}
+            inputs |= vision.inputs(inputs["input_ids"], shown) if vision else {}
             # If weights are gathered at every token, all processes must generate equally many.
-            output = model.generate(input_ids=ids, attention_mask=mask, synced_gpus=not full, **pixels)
+            output = model.generate(**inputs, synced_gpus=not full)
             output = output[:, 1 if decoder_prompt else ids.shape[1] :].tolist()
             for row, completion in zip(rows, output[: len(rows)], strict=True):
                 completions[row] = completion

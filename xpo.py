@@ -253,14 +253,13 @@ def load_scorer(args: Arguments, device: torch.device, prompt) -> Callable[..., 
         sequences, parts = [*map(encode, prompts, answers, ended)], []
         for start in range(0, len(sequences), args.per_device_eval_batch_size):
             part = sequences[start : start + args.per_device_eval_batch_size]
-            length, used = max(map(len, part)), {token for ids in part for token in ids}
+            used = {token for ids in part for token in ids}
             # The model reads the score at the last token that is not padding, which it tells by its id. So
             # padding has to be a token that occurs in none of the texts; EOS may occur.
             config.pad_token_id = next(token for token in range(config.vocab_size) if token not in used)
-            ids = [ids + [config.pad_token_id] * (length - len(ids)) for ids in part]
-            mask = [[1] * len(ids) + [0] * (length - len(ids)) for ids in part]
-            ids, mask = torch.tensor(ids, device=device), torch.tensor(mask, device=device)
-            parts.append(model(input_ids=ids, attention_mask=mask).logits[:, 0].float())
+            ids, mask = common.pad(part, config.pad_token_id)
+            logits = model(input_ids=ids.to(device), attention_mask=mask.long().to(device)).logits  # (B, 1)
+            parts.append(logits[:, 0].float())
         return torch.cat(parts)
 
     return scores
