@@ -109,11 +109,11 @@ def token_logps(model, batch: Batch, *, of: Callable[[Tensor, Tensor], Tensor] =
     (2B, L) or (2B, L, k).
     """
     rows, columns = batch.padded_index  # of the N labels that are scored
-    weight = bias = None
+    weight = None
     if model.forward_pass == "packed":
         outputs = model.get_decoder()(**batch.packed_inputs, spans=batch.spans, use_cache=False)
         hidden = outputs.last_hidden_state[0, batch.packed_index] * logit_scale(model)  # (N, D)
-        weight, bias = model.get_output_embeddings().weight, model.get_output_embeddings().bias
+        weight = model.get_output_embeddings().weight
     else:  # Both keep the logits (2B, L, V). model.forward: FSDP's hooks have already run for this method
         inputs, k = dict(batch.inputs), batch.per_prompt
         if model.forward_pass == "encoded once":  # otherwise "padded"
@@ -123,7 +123,7 @@ def token_logps(model, batch: Batch, *, of: Callable[[Tensor, Tensor], Tensor] =
         outputs = model.forward(**inputs, use_cache=False)
         hidden = outputs.logits[rows, columns]  # (N, V): the head has run already
         model.router_loss = outputs.get("aux_loss")
-    values = ChunkedHead.apply(hidden, weight, bias, batch.labels[rows, columns], of)  # (N,) or (N, k)
+    values = ChunkedHead.apply(hidden, weight, batch.labels[rows, columns], of)  # (N,) or (N, k)
     return values.new_zeros(*batch.labels.shape, *values.shape[1:]).index_put((rows, columns), values)
 
 
@@ -232,7 +232,7 @@ CHUNK_TOKENS, CHUNK_LOGITS = 1024, 2**26
 
 
 class ChunkedHead(torch.autograd.Function):
-    """of(hidden @ weight.T + bias, labels), without keeping the logits; without a weight, of(hidden, labels).
+    """of(hidden @ weight.T, labels), without keeping the logits; without a weight, of(hidden, labels).
 
     The logits (N, V) are made for one chunk of tokens at a time, and again in the backward pass. They are in
     float32, and so is the sum of the weight's gradient over chunks: rounding to bfloat16 would change a
@@ -240,36 +240,29 @@ class ChunkedHead(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, hidden: Tensor, weight: Tensor | None, bias: Tensor | None, labels: Tensor, of):
+    def forward(ctx, hidden: Tensor, weight: Tensor | None, labels: Tensor, of):
         vocabulary = hidden.shape[1] if weight is None else len(weight)
         ctx.size, ctx.of = max(1, min(CHUNK_TOKENS, CHUNK_LOGITS // vocabulary)), of
-        ctx.save_for_backward(hidden, weight, bias, labels)
+        ctx.save_for_backward(hidden, weight, labels)
         chunks = zip(hidden.split(ctx.size), labels.split(ctx.size), strict=True)
-        return torch.cat([of(logits_of(h, weight, bias), y) for h, y in chunks])
+        return torch.cat([of(h if weight is None else wide_product(h, weight.T), y) for h, y in chunks])
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple:
-        hidden, weight, bias, labels = ctx.saved_tensors
-        dtype, hidden_grad = torch.promote_types(hidden.dtype, torch.float32), torch.empty_like(hidden)
-        weight_grad = torch.zeros_like(weight, dtype=dtype) if ctx.needs_input_grad[1] else None
-        bias_grad = torch.zeros_like(bias, dtype=dtype) if ctx.needs_input_grad[2] else None
+        hidden, weight, labels = ctx.saved_tensors
+        hidden_grad, weight_grad = torch.empty_like(hidden), None
+        if ctx.needs_input_grad[1]:
+            weight_grad = torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32))
         chunks = zip(*(x.split(ctx.size) for x in (hidden, hidden_grad, labels, grad)), strict=True)
         for h, h_grad, y, values_grad in chunks:
-            logits = logits_of(h, weight, bias).detach().requires_grad_()
+            logits = (h if weight is None else wide_product(h, weight.T)).detach().requires_grad_()
             with torch.enable_grad():
                 values = ctx.of(logits, y)
             logits_grad = torch.autograd.grad(values, logits, values_grad)[0].to(h.dtype)
             h_grad.copy_(logits_grad if weight is None else logits_grad @ weight)  # a part of hidden_grad
             if weight_grad is not None:
                 weight_grad += wide_product(logits_grad.T, h)
-            if bias_grad is not None:
-                bias_grad += logits_grad.sum(0)
-        return hidden_grad, weight_grad, bias_grad, None, None
-
-
-def logits_of(hidden: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-    logits = hidden if weight is None else wide_product(hidden, weight.T)
-    return logits if bias is None else logits + bias
+        return hidden_grad, weight_grad, None, None
 
 
 def wide_product(a: Tensor, b: Tensor) -> Tensor:
@@ -303,6 +296,8 @@ def choose_forward_pass(model) -> None:
         for name in ("attention_chunk_size", "output_router_logits", "vision_config"):
             if getattr(config, name, None) or getattr(model.config, name, None):
                 raise NotImplementedError(f"its configuration has {name}")
+        if getattr(model.get_output_embeddings(), "bias", None) is not None:
+            raise NotImplementedError("its head has a bias")
         if model.forward_pass == "packed":
             model.set_attn_implementation("packed")
         difference = (token_logps(model, batch) - want).abs().max().item()

@@ -52,8 +52,10 @@ ARCHITECTURES = {
     "cohere": SMALL | dict(logit_scale=0.3),
     "granite": SMALL | dict(logits_scaling=3.0),
     "falcon": dict(vocab_size=61, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, alibi=True),
+    "phi": SMALL,
 }
-PADDED = ("gemma2", "falcon")  # their attention has a softcap, or a bias for positions
+# The attention of the first two has a softcap or a bias for positions, and the head of the third has a bias.
+PADDED = ("gemma2", "falcon", "phi")
 PACKED = tuple(kind for kind in ARCHITECTURES if kind not in PADDED)
 
 
