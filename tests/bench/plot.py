@@ -1,7 +1,8 @@
 """Curves of one or more runs: python tests/bench/plot.py output/toy-dpo [output/toy-cpo ...]
 
-Draws loss, margin, accuracy and log π of chosen and rejected answers against the step: lines are training,
-dots are held-out pairs. Reads metrics.jsonl, also of a run that is not finished.
+It draws loss, margin, accuracy and log π of chosen and rejected answers against the step: lines are training,
+dots are held-out pairs. It reads metrics.jsonl, also of a run that is not finished, and writes curves.png: of
+one run to its directory, of several runs to the current directory.
 """
 
 import argparse
@@ -50,13 +51,14 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("folders", type=Path, nargs="+")
-    parser.add_argument("--out", type=Path, help="the PNG to write [curves.png in the first directory]")
+    parser.add_argument("--out", type=Path, help="another name for the PNG")
     args = parser.parse_args()
     for folder in args.folders:
         if not (folder / "metrics.jsonl").exists():
             parser.error(f"{folder} has no metrics.jsonl: it is not the output_dir of a run")
     try:
-        draw(args.folders, args.out or args.folders[0] / "curves.png")
+        folder = args.folders[0] if len(args.folders) == 1 else Path()
+        draw(args.folders, args.out or folder / "curves.png")
     except ModuleNotFoundError as error:
         parser.error(f"{error}: pip install matplotlib")
 
