@@ -356,8 +356,8 @@ def load_data(args: Arguments, tokenizer, completions=("chosen", "rejected"), *,
     if unused := [name for name in train.raw.column_names if name not in used]:
         say(f"columns that are not used: {', '.join(unused)}")
     if tokenizer.chat_template and isinstance(split_prompt(train.raw[0])[0], str):
-        say("warning: texts get neither the chat template, which a model may need, nor a space between them;")
-        say('for the template, write messages: "prompt": [{"role": "user", "content": ...}]')
+        say('warning: for the chat template, write messages: "prompt": [{"role": "user", "content": ...}];')
+        say("texts are joined as they are, without a space")
     example = [f"{name} {SHORT.repr(tokenizer.decode(ids))}" for name, ids in train.tokens[0].items()]
     say(f"the first row: {'  '.join(example)}")
     digest = hashlib.sha256(b"".join(split.lengths.tobytes() for split in data))
@@ -429,7 +429,7 @@ def tokenize_split(raw: datasets.Dataset, name: str, args: Arguments, tokenizer,
         tokens = raw.map(tokenize, **how)
     if is_first:
         dist.barrier()
-    notes = Counter(filter(None, tokens["note"]))
+    notes = Counter(note for note in tokens["note"] if note)
     if notes[f"dropped: {NO_PROMPT}"] > len(raw) / 2:
         fail(f"most rows of the {name} split have no prompt, nor completions that begin alike; {found}")
     for note, n in notes.items():
@@ -437,7 +437,7 @@ def tokenize_split(raw: datasets.Dataset, name: str, args: Arguments, tokenizer,
     lengths = [pc.list_value_length(tokens.data.column(column)).to_numpy() for column in columns]
     kept = np.flatnonzero(lengths[0])  # rows that are dropped have no tokens
     if not len(kept):
-        reason = max(notes, key=notes.get, default="it is empty")
+        reason = max(notes, key=notes.get, default="it is empty").removeprefix("dropped: ")
         fail(f"no rows of the {name} split are left: {reason}")
     lengths = np.stack(lengths, axis=1)[kept]
     means = [f"{column} {mean:.0f}" for column, mean in zip(columns, lengths.mean(0), strict=True)]
@@ -477,7 +477,7 @@ def tokenize(row, tokenizer, completions, max_length, room=1, truncate_prompt=Fa
         kind = "" if type(error) is ValueError else f"{type(error).__name__}: "
         return {name: [] for name in columns} | {"note": f"dropped: {kind}{first_line(error)}"}
     is_cut = sum(map(len, parts)) < sum(map(len, whole))
-    return dict(zip(columns, parts, strict=True)) | {"note": "cut at max_length" if is_cut else ""}
+    return dict(zip(columns, parts, strict=True)) | {"note": "are cut to fit max_length" if is_cut else ""}
 
 
 def checked_parts(row: dict, tokenizer, completions: list[str]) -> list:
@@ -659,7 +659,8 @@ def global_batches(data: Data, args: Arguments) -> np.ndarray:
         fail(f"{world} processes need at least {world} rows; there are {rows}")
     per_epoch = rows // size
     steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * per_epoch - 1e-9)
-    say(f"training: {steps} steps of {size} rows; see --max_steps, --num_train_epochs and --batch_size")
+    flags = "--batch_size, --max_steps, --num_train_epochs"
+    say(f"training: {steps} steps, each of {size} of the {rows} rows; see {flags}")
     for epoch in range(math.ceil(steps / per_epoch)):
         order = np.random.default_rng((args.seed, epoch)).permutation(rows)[: per_epoch * size]
         order = order.reshape(per_epoch, size)

@@ -164,9 +164,13 @@ WRONG = [  # method, flags, what is said
     (
         "orpo",
         "{model} {dir}/orca.jsonl",
-        "if question is the prompt, add --rename_columns question=prompt",
+        "found system, question, chosen, rejected; to rename one, add --rename_columns question=prompt",
     ),
-    ("cpo", "{model} {dir}/kto.jsonl", "found prompt, completion, label; labels of single"),
+    (
+        "cpo",
+        "{model} {dir}/kto.jsonl",
+        "needs columns prompt, chosen, rejected; found prompt, completion, label",
+    ),
     (
         "cpo",
         "{model} {dir}/kto.jsonl --rename_columns completion",
@@ -176,10 +180,10 @@ WRONG = [  # method, flags, what is said
     (
         "cpo",
         "{model} {dir}/sharegpt.jsonl",
-        "found conversations, chosen, rejected; ShareGPT's from and value have to",
+        "found conversations, chosen, rejected",
     ),
     ("cpo", "{model} {dir}/from.jsonl", "chosen is {'from': 'gpt'"),
-    ("cpo", "{model} {dir}/messages.jsonl", "found messages; preferences need two completions"),
+    ("cpo", "{model} {dir}/messages.jsonl", "needs columns prompt, chosen, rejected; found messages"),
     ("dpo", "{model} {dir}/missing.csv", "no rows of the train split are left: rejected is empty"),
     ("dpo", "--loss_type simpo", "loss_type simpo is in cpo.py"),
     ("dpo", "--loss_type sigmoid orpo", "loss_type orpo is in orpo.py"),
@@ -231,10 +235,14 @@ WRONG = [  # method, flags, what is said
     (
         "dpo",
         "{model} {dir}/one.jsonl --dataset_train_split validation",
-        "--dataset_train_split has to be one of train; there is no split 'validation'",
+        "--dataset_train_split and --dataset_test_split have to be among train",
     ),
     ("dpo", "--max_length 3", "no rows of the train split are left: "),
-    ("dpo", "{model} {dir}/images.jsonl", "a message has a part of type image, and only text is read"),
+    (
+        "dpo",
+        "{model} {dir}/images.jsonl",
+        "a message has a part of type image, which this model does not read",
+    ),
     ("cpo", "{model} {dir}/roles.jsonl", "no rows of the train split are left: "),
     (
         "dpo",
