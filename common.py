@@ -448,7 +448,7 @@ def tokenize_split(raw: datasets.Dataset, name: str, args: Arguments, tokenizer,
 def tokenize(row, tokenizer, completions, max_length, room=1, truncate_prompt=False, max_completion=None):
     """Token ids of a row's `prompt` and completions, or none; and a `note`, if the row is cut or dropped."""
     vision, columns = getattr(tokenizer, "vision", None), ("prompt", *completions)
-    for name in {"prompt", "chosen", "rejected", *completions} & {*row}:
+    for name in sorted({"prompt", "chosen", "rejected", *completions} & {*row}):
         turns = row[name] if isinstance(row[name], list) else []
         is_chat = all(isinstance(turn, dict) and "role" in turn for turn in turns)
         if not isinstance(row[name], str | list | None) or not is_chat:
