@@ -356,8 +356,7 @@ def load_data(args: Arguments, tokenizer, completions=("chosen", "rejected"), *,
     if unused := [name for name in train.raw.column_names if name not in used]:
         say(f"columns that are not used: {', '.join(unused)}")
     if tokenizer.chat_template and isinstance(split_prompt(train.raw[0])[0], str):
-        say('warning: for the chat template, write messages: "prompt": [{"role": "user", "content": ...}];')
-        say("texts are joined as they are, without a space")
+        say('warning: texts get no chat template; messages do: "prompt": [{"role": "user", "content": ...}]')
     example = [f"{name} {SHORT.repr(tokenizer.decode(ids))}" for name, ids in train.tokens[0].items()]
     say(f"the first row: {'  '.join(example)}")
     digest = hashlib.sha256(b"".join(split.lengths.tobytes() for split in data))
@@ -409,9 +408,9 @@ def hold_out(data: Data) -> list[Data]:
 
 def tokenize_split(raw: datasets.Dataset, name: str, args: Arguments, tokenizer, columns: tuple) -> tuple:
     """(raw, tokens, lengths) of the rows of a split that can be used; says how many cannot, and why."""
-    prompt, *completions = columns
-    found = f"found {', '.join(raw.column_names)}; to rename one, add --rename_columns question=prompt"
-    if not {*completions} <= {*raw.column_names} or not {"prompt", "chosen"} & {*raw.column_names}:
+    completions, names = columns[1:], raw.column_names
+    found = f"it has columns {', '.join(names)}; see --rename_columns"
+    if not {*completions} <= {*names} or not {"prompt", "chosen"} & {*names}:
         fail(f"the {name} split needs columns {', '.join(columns)}; {found}")
     options = {"tokenizer": tokenizer, "completions": completions, "truncate_prompt": args.truncate_prompt}
     options |= {"max_length": args.max_length, "max_completion": args.max_completion_length}
@@ -421,7 +420,7 @@ def tokenize_split(raw: datasets.Dataset, name: str, args: Arguments, tokenizer,
     # The default fingerprint of `map` does not see that the code of a function has changed.
     state = [raw._fingerprint, Path(__file__).read_text(), [*options.values()]]
     how = {"new_fingerprint": datasets.fingerprint.Hasher.hash(state), "num_proc": args.dataset_num_proc}
-    how |= {"features": features, "remove_columns": raw.column_names, "fn_kwargs": options}
+    how |= {"features": features, "remove_columns": names, "fn_kwargs": options}
     is_first = int(os.environ.get("LOCAL_RANK", 0)) == 0
     if not is_first:  # wait for the first process of this machine, then find its work in the cache
         dist.barrier()
@@ -430,15 +429,13 @@ def tokenize_split(raw: datasets.Dataset, name: str, args: Arguments, tokenizer,
     if is_first:
         dist.barrier()
     notes = Counter(note for note in tokens["note"] if note)
-    if notes[f"dropped: {NO_PROMPT}"] > len(raw) / 2:
-        fail(f"most rows of the {name} split have no prompt, nor completions that begin alike; {found}")
     for note, n in notes.items():
-        say(f"{n} of {len(raw)} rows ({n / len(raw):.1%}) of the {name} split {note}")
+        say(f"{n} of {len(raw)} rows ({n / len(raw):.1%}) of the {name} split are {note}")
     lengths = [pc.list_value_length(tokens.data.column(column)).to_numpy() for column in columns]
     kept = np.flatnonzero(lengths[0])  # rows that are dropped have no tokens
-    if not len(kept):
-        reason = max(notes, key=notes.get, default="it is empty").removeprefix("dropped: ")
-        fail(f"no rows of the {name} split are left: {reason}")
+    # Where most rows have no prompt, its column has another name; some completions begin alike by chance.
+    if not len(kept) or notes[f"dropped: {NO_PROMPT}"] > len(raw) / 2:
+        fail(f"most rows of the {name} split are {max(notes, key=notes.get, default='missing')}; {found}")
     lengths = np.stack(lengths, axis=1)[kept]
     means = [f"{column} {mean:.0f}" for column, mean in zip(columns, lengths.mean(0), strict=True)]
     say(f"{len(kept)} rows in the {name} split; tokens on average: {', '.join(means)}")
@@ -477,7 +474,7 @@ def tokenize(row, tokenizer, completions, max_length, room=1, truncate_prompt=Fa
         kind = "" if type(error) is ValueError else f"{type(error).__name__}: "
         return {name: [] for name in columns} | {"note": f"dropped: {kind}{first_line(error)}"}
     is_cut = sum(map(len, parts)) < sum(map(len, whole))
-    return dict(zip(columns, parts, strict=True)) | {"note": "are cut to fit max_length" if is_cut else ""}
+    return dict(zip(columns, parts, strict=True)) | {"note": "cut to fit max_length" if is_cut else ""}
 
 
 def checked_parts(row: dict, tokenizer, completions: list[str]) -> list:
@@ -542,7 +539,7 @@ def split_prompt(row: dict, completions: list[str] | None = None) -> list:
     if isinstance(prompt, str) and answers and isinstance(answers[0], list):
         # Unless the messages begin with the answer, they have the prompt as well.
         prompt = [{"role": "user", "content": prompt}] if answers[0][0].get("role") == "assistant" else None
-    if prompt is not None or len(answers) != 2:
+    if prompt is not None or len(answers) != 2 or not all(answers):
         return [prompt, *answers]
     is_text = isinstance(answers[0], str)
     chosen, rejected = (re.findall(r"\s*\S+|\s+", y) if is_text else y for y in answers)

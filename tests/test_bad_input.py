@@ -160,16 +160,16 @@ WRONG = [  # method, flags, what is said
         "{model} {dir}/pairs.txt",
         "pairs.txt is not a file of the kinds .json, .jsonl, .csv, .tsv, .parquet",
     ),
-    ("dpo", "{model} {dir}/orca.jsonl", "most rows of the train split have no prompt"),
+    ("dpo", "{model} {dir}/orca.jsonl", "most rows of the train split are dropped: there is no prompt"),
     (
         "orpo",
         "{model} {dir}/orca.jsonl",
-        "found system, question, chosen, rejected; to rename one, add --rename_columns question=prompt",
+        "it has columns system, question, chosen, rejected; see --rename_columns",
     ),
     (
         "cpo",
         "{model} {dir}/kto.jsonl",
-        "needs columns prompt, chosen, rejected; found prompt, completion, label",
+        "needs columns prompt, chosen, rejected; it has columns prompt, completion, label",
     ),
     (
         "cpo",
@@ -180,11 +180,15 @@ WRONG = [  # method, flags, what is said
     (
         "cpo",
         "{model} {dir}/sharegpt.jsonl",
-        "found conversations, chosen, rejected",
+        "it has columns conversations, chosen, rejected",
     ),
     ("cpo", "{model} {dir}/from.jsonl", "chosen is {'from': 'gpt'"),
-    ("cpo", "{model} {dir}/messages.jsonl", "needs columns prompt, chosen, rejected; found messages"),
-    ("dpo", "{model} {dir}/missing.csv", "no rows of the train split are left: rejected is empty"),
+    (
+        "cpo",
+        "{model} {dir}/messages.jsonl",
+        "needs columns prompt, chosen, rejected; it has columns messages",
+    ),
+    ("dpo", "{model} {dir}/missing.csv", "most rows of the train split are dropped: rejected is empty"),
     ("dpo", "--loss_type simpo", "loss_type simpo is in cpo.py"),
     ("dpo", "--loss_type sigmoid orpo", "loss_type orpo is in orpo.py"),
     # LoRA.
@@ -227,23 +231,23 @@ WRONG = [  # method, flags, what is said
     (
         "dpo",
         "{model} {dir}/columns.jsonl",
-        "the train split needs columns prompt, chosen, rejected; found question, answer",
+        "the train split needs columns prompt, chosen, rejected; it has columns question, answer",
     ),
     ("xpo", "{model} {dir}/columns.jsonl --reward_model_path r", "the train split needs columns prompt"),
     ("orpo", "{model} {dir}/numbers.jsonl", "the train split: chosen is 1, not a text"),
-    ("alphapo", "{model} {dir}/blank.jsonl", "no rows of the train split are left: "),
+    ("alphapo", "{model} {dir}/blank.jsonl", "most rows of the train split are dropped: "),
     (
         "dpo",
         "{model} {dir}/one.jsonl --dataset_train_split validation",
         "--dataset_train_split and --dataset_test_split have to be among train",
     ),
-    ("dpo", "--max_length 3", "no rows of the train split are left: "),
+    ("dpo", "--max_length 3", "most rows of the train split are dropped: "),
     (
         "dpo",
         "{model} {dir}/images.jsonl",
         "a message has a part of type image, which this model does not read",
     ),
-    ("cpo", "{model} {dir}/roles.jsonl", "no rows of the train split are left: "),
+    ("cpo", "{model} {dir}/roles.jsonl", "most rows of the train split are dropped: "),
     (
         "dpo",
         "{model} {dir}/lists.jsonl",

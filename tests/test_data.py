@@ -430,7 +430,7 @@ def test_max_length_cuts_the_ends_of_completions(max_length):
         assert row["note"].startswith("dropped: the completions are identical")
     else:
         is_cut = len("12345abxy z") + 1 > max_length
-        assert row["note"] == "are cut to fit max_length" * is_cut and row["prompt"] == ids("12345")
+        assert row["note"] == "cut to fit max_length" * is_cut and row["prompt"] == ids("12345")
         assert row["prompt"] + row["chosen"] == ids("12345abc</s>")[:max_length]
         assert row["prompt"] + row["rejected"] == ids("12345abxy z</s>")[:max_length]
 
@@ -442,7 +442,7 @@ def test_prompts_leave_room_for_the_completions_that_are_sampled(tmp_path):
     fits = tokenize(row, TOY, (), 16, room=10)
     assert fits["prompt"] == ids("<s>3942=") and not fits["note"]
     assert "no room in max_length 15" in tokenize(row, TOY, (), 15, room=10)["note"]
-    with pytest.raises(SystemExit, match="no rows of the train split are left: .* leaves no room"):
+    with pytest.raises(SystemExit, match="most rows of the train split are dropped: .* leaves no room"):
         load(tmp_path / "a.json", completions=(), max_new_tokens=12, max_length=15)
 
 
@@ -486,7 +486,9 @@ def test_dropped_pairs_are_counted_and_the_others_keep_what_is_theirs(tmp_path, 
     train, _ = load(write(tmp_path / "pairs.jsonl", rows), max_length=8)
     assert train.raw["answer"][:] == ["answer 2", "answer 6"]
     assert train.tokens["prompt"][:] == [ids("2"), ids("4")] and train.lengths.tolist() == [[1, 2, 2]] * 2
-    said = re.findall(r"(\d) of 8 rows \((.*)%\) of the train split dropped: (.*)", capsys.readouterr().out)
+    said = re.findall(
+        r"(\d) of 8 rows \((.*)%\) of the train split are dropped: (.*)", capsys.readouterr().out
+    )
     assert {*said} == {
         (
             "1",
@@ -506,7 +508,7 @@ def test_a_thousand_dropped_pairs_do_not_hide_the_next(tmp_path):
 
 ONE, CHAT = pair("1", "one", "two"), pair(user("1"), answer("one"), answer("two"))
 ERRORS = {  # a row or the content of a file, what the message has to say
-    "all dropped": (ONE | {"chosen": ""}, "no rows of the train split are left: chosen is empty"),
+    "all dropped": (ONE | {"chosen": ""}, "most rows of the train split are dropped: chosen is empty"),
     "no column": ({"question": "1", "chosen": "a"}, "question, chosen"),
     "no template": (CHAT, "chat template"),
     "no template for the prompts": (CHAT | {"chosen": "a", "rejected": "b"}, "chat template"),
@@ -585,12 +587,14 @@ def test_whatever_the_data_are_rows_are_kept_whole_or_dropped_and_counted(tmp_pa
             says = (
                 "cannot load the dataset .*: .*surrogate"
                 if broken
-                else "no rows of the train split are left: "
+                else "most rows of the train split are dropped: "
             )
             assert re.fullmatch(f"error: {says}.*", str(stop))
             return
     assert not broken
-    dropped = sum(map(int, re.findall(r"(\d+) of \d+ rows \S+ of the train split dropped", said.getvalue())))
+    dropped = sum(
+        map(int, re.findall(r"(\d+) of \d+ rows \S+ of the train split are dropped", said.getvalue()))
+    )
     assert len(train.tokens) == len(data) - dropped
     kept = [row for row in data if not tokenize_pair(row, tok, 10**6)["note"]]
     for row, tokens in zip(kept, train.tokens, strict=True):

@@ -231,7 +231,7 @@ def test_prompts_and_completions_are_cut_at_their_ends():
     row = {"prompt": "123456", "chosen": "one two", "rejected": "one three"}
     found = tokenize(row, "t5", max_length=4, max_completion_length=6)
     assert [found[name] for name in PARTS] == [ids("123</s>"), ids("one tw"), ids("one th")]
-    assert found["note"] == "are cut to fit max_length"
+    assert found["note"] == "cut to fit max_length"
     note = tokenize(row, "t5", max_completion_length=5)["note"]
     assert note.startswith("dropped: the completions are identical")
 
