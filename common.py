@@ -409,7 +409,7 @@ def hold_out(data: Data) -> list[Data]:
 def tokenize_split(raw: datasets.Dataset, name: str, args: Arguments, tokenizer, columns: tuple) -> tuple:
     """(raw, tokens, lengths) of the rows of a split that can be used; says how many cannot, and why."""
     completions, names = columns[1:], raw.column_names
-    found = f"it has columns {', '.join(names)}; see --rename_columns"
+    found = f"found {', '.join(names)}; see --rename_columns"
     if not {*completions} <= {*names} or not {"prompt", "chosen"} & {*names}:
         fail(f"the {name} split needs columns {', '.join(columns)}; {found}")
     options = {"tokenizer": tokenizer, "completions": completions, "truncate_prompt": args.truncate_prompt}

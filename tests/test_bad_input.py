@@ -164,12 +164,12 @@ WRONG = [  # method, flags, what is said
     (
         "orpo",
         "{model} {dir}/orca.jsonl",
-        "it has columns system, question, chosen, rejected; see --rename_columns",
+        "found system, question, chosen, rejected; see --rename_columns",
     ),
     (
         "cpo",
         "{model} {dir}/kto.jsonl",
-        "needs columns prompt, chosen, rejected; it has columns prompt, completion, label",
+        "needs columns prompt, chosen, rejected; found prompt, completion, label",
     ),
     (
         "cpo",
@@ -180,13 +180,13 @@ WRONG = [  # method, flags, what is said
     (
         "cpo",
         "{model} {dir}/sharegpt.jsonl",
-        "it has columns conversations, chosen, rejected",
+        "found conversations, chosen, rejected",
     ),
     ("cpo", "{model} {dir}/from.jsonl", "chosen is {'from': 'gpt'"),
     (
         "cpo",
         "{model} {dir}/messages.jsonl",
-        "needs columns prompt, chosen, rejected; it has columns messages",
+        "needs columns prompt, chosen, rejected; found messages",
     ),
     ("dpo", "{model} {dir}/missing.csv", "most rows of the train split are dropped: rejected is empty"),
     ("dpo", "--loss_type simpo", "loss_type simpo is in cpo.py"),
@@ -231,7 +231,7 @@ WRONG = [  # method, flags, what is said
     (
         "dpo",
         "{model} {dir}/columns.jsonl",
-        "the train split needs columns prompt, chosen, rejected; it has columns question, answer",
+        "the train split needs columns prompt, chosen, rejected; found question, answer",
     ),
     ("xpo", "{model} {dir}/columns.jsonl --reward_model_path r", "the train split needs columns prompt"),
     ("orpo", "{model} {dir}/numbers.jsonl", "the train split: chosen is 1, not a text"),

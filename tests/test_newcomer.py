@@ -140,7 +140,7 @@ def test_pairs_without_a_prompt_are_dropped_and_a_file_of_them_is_refused(tmp_pa
     train, _ = load(write(tmp_path / "few.jsonl", [shared, shared, odd]))
     assert len(train.tokens) == 2
     assert "1 of 3 rows (33.3%) of the train split are dropped: there is no prompt" in capsys.readouterr().out
-    with pytest.raises(SystemExit, match="columns question, .*see --rename_columns"):
+    with pytest.raises(SystemExit, match="found question, .*see --rename_columns"):
         load(write(tmp_path / "many.jsonl", [odd, odd, shared | {"question": "q"}]))
 
 
@@ -152,9 +152,9 @@ def test_columns_are_renamed(tmp_path, suffix):
         path.write_text("\n".join(separator.join(row) for row in [rows[0], *(row.values() for row in rows)]))
     else:
         getattr(datasets.Dataset.from_list(rows), f"to_{FILES[suffix]}")(path)
-    with pytest.raises(SystemExit, match="it has columns query, good, bad; see --rename_columns"):
+    with pytest.raises(SystemExit, match="found query, good, bad; see --rename_columns"):
         load(path)
-    with pytest.raises(SystemExit, match="it has columns prompt, good, bad; see --rename_columns"):
+    with pytest.raises(SystemExit, match="found prompt, good, bad; see --rename_columns"):
         load(path, rename_columns=["query=prompt"])
     train, test = load(path, rename_columns=["query=prompt", "good=chosen", "bad=rejected"])
     assert train.tokens[0] == {
