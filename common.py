@@ -384,10 +384,9 @@ def read_splits(args: Arguments, columns: tuple) -> dict[str, datasets.Dataset]:
             splits = splits if isinstance(splits, dict) else {"train": splits}
         else:
             splits = datasets.load_dataset(kind or args.dataset_name, **options)
-    asked = args.dataset_train_split, args.dataset_test_split
-    train = [name for name in (asked[0], *TRAIN_SPLITS) if name in splits][:1]
-    test = [name for name in (asked[1], *TEST_SPLITS) if name in splits][:1]
-    if not train or not {*asked} <= {None, *splits}:
+    train = [name for name in (args.dataset_train_split, *TRAIN_SPLITS) if name in splits][:1]
+    test = [name for name in (args.dataset_test_split, *TEST_SPLITS) if name in splits][:1]
+    if not train or not {args.dataset_train_split, args.dataset_test_split} <= {None, *splits}:
         fail(f"--dataset_train_split and --dataset_test_split have to be among {', '.join(splits)}")
     for name in train:
         splits[name] = splits[name].select(range(len(splits[name]))[: args.max_train_samples])
@@ -460,8 +459,8 @@ def tokenize(row, tokenizer, completions, max_length, room=1, truncate_prompt=Fa
             space = max_length - max(room, min(max_length // 2, max(map(len, whole[1:]), default=0)))
             parts = cut_prompt(row, tokenizer, prompt, answers, whole, space)
         prompt_ids, space = parts[0], max_length - len(parts[0])
-        if getattr(tokenizer, "decoder_prompt", None):  # max_length is the encoder's
-            prompt_ids = prompt_ids[: max_length - 1] + prompt_ids[max_length - 1 :][-1:]  # keep its EOS
+        if getattr(tokenizer, "decoder_prompt", None):  # the encoder cuts all but the last token: perhaps EOS
+            prompt_ids = prompt_ids[: max_length - 1] + prompt_ids[max_length - 1 :][-1:]
             space = max_completion or max_length
         if space < room:
             raise ValueError(f"the prompt leaves no room in max_length {max_length}; see --truncate_prompt")
@@ -656,8 +655,7 @@ def global_batches(data: Data, args: Arguments) -> np.ndarray:
         fail(f"{world} processes need at least {world} rows; there are {rows}")
     per_epoch = rows // size
     steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * per_epoch - 1e-9)
-    flags = "--batch_size, --max_steps, --num_train_epochs"
-    say(f"training: {steps} steps, each of {size} of the {rows} rows; see {flags}")
+    say(f"training: {steps} steps, each of {size} of the {rows} rows; see --batch_size and --max_steps")
     for epoch in range(math.ceil(steps / per_epoch)):
         order = np.random.default_rng((args.seed, epoch)).permutation(rows)[: per_epoch * size]
         order = order.reshape(per_epoch, size)
