@@ -427,7 +427,7 @@ def tokenize_split(raw: datasets.Dataset, name: str, args: Arguments, tokenizer,
         tokens = raw.map(tokenize, **how)
     if is_first:
         dist.barrier()
-    notes = Counter(note for note in tokens["note"] if note)
+    notes = Counter(note for note in tokens["note"][:] if note)
     for note, n in notes.items():
         say(f"{n} of {len(raw)} rows ({n / len(raw):.1%}) of the {name} split are {note}")
     lengths = [pc.list_value_length(tokens.data.column(column)).to_numpy() for column in columns]
