@@ -316,12 +316,6 @@ def choose_forward_pass(model) -> None:
 FILES = {".json": "json", ".jsonl": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
 TRAIN_SPLITS = ["train", "train_prefs"]  # the first of these that a dataset has is used
 TEST_SPLITS = ["test", "validation", "valid", "dev", "eval", "test_prefs", "test_sft"]
-# What to do about a column that is there while one that is needed is missing.
-COLUMN_HINTS = {"label": "labels of single completions, as for KTO, are not supported"}
-COLUMN_HINTS |= {"conversations": "ShareGPT's from and value have to become role and content"}
-COLUMN_HINTS |= {"messages": "preferences need two completions, and messages are one conversation"}
-LIKELY_PROMPTS = ["question", "input", "instruction", "query"]
-COLUMN_HINTS |= {x: f"if {x} is the prompt, add --rename_columns {x}=prompt" for x in LIKELY_PROMPTS}
 NO_PROMPT = "there is no prompt"
 SHORT = reprlib.Repr()  # prints texts in quotes, and long ones without their middle
 SHORT.maxstring = 200
@@ -343,24 +337,25 @@ def load_data(args: Arguments, tokenizer, completions=("chosen", "rejected"), *,
     # `completions` names their columns: two for pairs, one for single completions with a label, none for a
     # method that samples (prompts then leave room for max_new_tokens). Prompts and completions are texts, or
     # lists of messages for the chat template. Other columns stay in Data.raw.
-    columns = ("prompt", *completions)
-    (name, train), *tests = read_splits(args, columns).items()
-    train = train.select(range(min(len(train), args.max_train_samples or len(train))))
-    splits = [(name, train), *tests]
-    data = [tokenize_split(raw, name, args, tokenizer, columns, score_prompts) for name, raw in splits]
-    data = hold_out(*data) if args.eval_strategy != "no" and not tests else data
+    decoder_prompt, vision = (getattr(tokenizer, name, None) for name in ("decoder_prompt", "vision"))
+    if getattr(args, flag := "truncate_prompt" if decoder_prompt else "max_completion_length"):
+        fail(f"--{flag} is for models with{'out' * bool(decoder_prompt)} an encoder")
+    columns, data = ("prompt", *completions), []
+    for name, raw in read_splits(args, columns).items():
+        raw, tokens, lengths = tokenize_split(raw, name, args, tokenizer, columns)
+        data.append(Data(raw, tokens, lengths, score_prompts, decoder_prompt, vision))
+    data = hold_out(data[0]) if args.eval_strategy != "no" and len(data) == 1 else data
+    train = data[0]
     used = {*columns, "chosen", "rejected", "answer", "tools", "chat_template_kwargs"}
-    used |= {"image", "images"} if data[0].vision else set()
-    if unused := [name for name in data[0].raw.column_names if name not in used]:
+    used |= {"image", "images"} if vision else set()
+    if unused := [name for name in train.raw.column_names if name not in used]:
         say(f"columns that are not used: {', '.join(unused)}")
-    if tokenizer.chat_template and isinstance(split_prompt(data[0].raw[0], images=True)[0], str):
-        message = '"prompt": [{"role": "user", "content": ...}]'
-        say("warning: texts get neither the chat template, which a model may need, nor a space between them;")
-        say(f"for the template, write messages: {message}")
-    example = {name: tokenizer.decode(ids) for name, ids in data[0].tokens[0].items()}
-    say("the first row: " + "  ".join(f"{name} {SHORT.repr(text)}" for name, text in example.items()))
+    if tokenizer.chat_template and isinstance(split_prompt(train.raw[0])[0], str):
+        say('warning: texts get no chat template; messages do: "prompt": [{"role": "user", "content": ...}]')
+    example = [f"{name} {SHORT.repr(tokenizer.decode(ids))}" for name, ids in train.tokens[0].items()]
+    say(f"the first row: {'  '.join(example)}")
     digest = hashlib.sha256(b"".join(split.lengths.tobytes() for split in data))
-    for column in [split.tokens.data.column(name) for split in data for name in columns]:
+    for column in [column for split in data for column in split.tokens.data.columns]:
         for chunk in column.chunks:
             digest.update(chunk.flatten().to_numpy())
     args.data_digest = digest.hexdigest()[:12]  # a run resumes with the tokens it began with
@@ -376,22 +371,21 @@ def read_splits(args: Arguments, columns: tuple) -> dict[str, datasets.Dataset]:
     options = {"data_files": glob.escape(str(path))} if kind else {"name": args.dataset_config}
     if kind == "csv":  # read these columns as texts: 007 and null stay as written
         texts = dict.fromkeys((*columns, "chosen", "rejected", "answer", *new_names), str)
-        options |= {"converters": texts, "keep_default_na": False}
-        options["sep"] = "\t" if path.suffix == ".tsv" else ","
+        separator = "\t" if path.suffix == ".tsv" else ","
+        options |= {"converters": texts, "keep_default_na": False, "sep": separator}
     with one_line(f"cannot load the dataset {path}"):
         if (path / "state.json").exists() or (path / "dataset_dict.json").exists():
             splits = datasets.load_from_disk(path)  # what save_to_disk wrote: one split, or several
             splits = splits if isinstance(splits, dict) else {"train": splits}
         else:
             splits = datasets.load_dataset(kind or args.dataset_name, **options)
-    names = []
-    for flag, usual in (("dataset_train_split", TRAIN_SPLITS), ("dataset_test_split", TEST_SPLITS)):
-        asked = getattr(args, flag)
-        found = [name for name in ([asked] if asked else usual) if name in splits]
-        if not found and (asked or flag == "dataset_train_split"):
-            fail(f"--{flag} has to be one of {', '.join(splits)}; there is no split '{asked or 'train'}'")
-        names += found[:1]
-    names = names if args.eval_strategy != "no" else names[:1]
+    train = [name for name in (args.dataset_train_split, *TRAIN_SPLITS) if name in splits][:1]
+    test = [name for name in (args.dataset_test_split, *TEST_SPLITS) if name in splits][:1]
+    if not train or not {args.dataset_train_split, args.dataset_test_split} <= {None, *splits}:
+        fail(f"--dataset_train_split and --dataset_test_split have to be among {', '.join(splits)}")
+    for name in train:
+        splits[name] = splits[name].select(range(len(splits[name]))[: args.max_train_samples])
+    names = train + test if args.eval_strategy != "no" else train
     with one_line("--rename_columns"):
         return {name: splits[name].rename_columns(new_names) for name in names}
 
@@ -402,151 +396,144 @@ def hold_out(data: Data) -> list[Data]:
     size = min(max(64, n // 50), 512, n // 5)
     say(f"no test split: {size} of {n} rows are held out for evaluation; --eval_strategy no trains on all")
     parts = [np.sort(part) for part in (rows[size:], rows[:size]) if len(part)]
-    return [Data(data.raw.select(p), data.tokens.select(p), data.lengths[p], *data[3:]) for p in parts]
+    raw, tokens, lengths = data.raw, data.tokens, data.lengths
+    return [data._replace(raw=raw.select(p), tokens=tokens.select(p), lengths=lengths[p]) for p in parts]
 
 
-def tokenize_split(raw, name: str, args: Arguments, tokenizer, columns: tuple, score_prompts: bool) -> Data:
-    """Tokenize all rows of a split, drop those that cannot be used, and say how many and why."""
-    prompt, *completions = columns
-    hints = [hint for column, hint in COLUMN_HINTS.items() if column in raw.column_names]
-    hint = [*hints, "--rename_columns OLD=NEW gives a column another name"][0]
-    found = f"; found {', '.join(raw.column_names)}; {hint}"
-    if not {*completions} <= {*raw.column_names} or not {prompt, "chosen"} & {*raw.column_names}:
-        fail(f"the {name} split needs columns {', '.join(columns)}{found}")
-    options = dict(tokenizer=tokenizer, completions=completions, max_length=args.max_length)
-    options |= dict(room=1 if completions else args.max_new_tokens, truncate_prompt=args.truncate_prompt)
-    decoder_prompt = getattr(tokenizer, "decoder_prompt", None)
-    if getattr(args, flag := "truncate_prompt" if decoder_prompt else "max_completion_length"):
-        fail(f"--{flag} is for models with{'out' * bool(decoder_prompt)} an encoder")
-    options["max_completion"] = (args.max_completion_length or args.max_length) * bool(decoder_prompt)
+def tokenize_split(raw: datasets.Dataset, name: str, args: Arguments, tokenizer, columns: tuple) -> tuple:
+    """(raw, tokens, lengths) of the rows of a split that can be used; says how many cannot, and why."""
+    completions, names = columns[1:], raw.column_names
+    found = f"found {', '.join(names)}; see --rename_columns"
+    if not {*completions} <= {*names} or not {"prompt", "chosen"} & {*names}:
+        fail(f"the {name} split needs columns {', '.join(columns)}; {found}")
+    options = {"tokenizer": tokenizer, "completions": completions, "truncate_prompt": args.truncate_prompt}
+    options |= {"max_length": args.max_length, "max_completion": args.max_completion_length}
+    options |= {"room": 1 if completions else args.max_new_tokens}
     features = dict.fromkeys(columns, datasets.List(datasets.Value("int32")))
-    features |= {"problem": datasets.Value("string"), "notes": datasets.List(datasets.Value("string"))}
+    features = datasets.Features(features | {"note": datasets.Value("string")})
     # The default fingerprint of `map` does not see that the code of a function has changed.
-    code = Path(__file__).read_text() if Path(__file__).is_file() else ""
-    fingerprint = datasets.fingerprint.Hasher.hash([raw._fingerprint, code, [*options.values()]])
-    map_options = {"features": datasets.Features(features), "new_fingerprint": fingerprint}
+    state = [raw._fingerprint, Path(__file__).read_text(), [*options.values()]]
+    how = {"new_fingerprint": datasets.fingerprint.Hasher.hash(state), "num_proc": args.dataset_num_proc}
+    how |= {"features": features, "remove_columns": names, "fn_kwargs": options}
     is_first = int(os.environ.get("LOCAL_RANK", 0)) == 0
     if not is_first:  # wait for the first process of this machine, then find its work in the cache
         dist.barrier()
     with one_line(f"the {name} split"):
-        map_options |= {"remove_columns": raw.column_names, "num_proc": args.dataset_num_proc}
-        tokens = raw.map(tokenize, fn_kwargs=options, **map_options)
+        tokens = raw.map(tokenize, **how)
     if is_first:
         dist.barrier()
-    problems = tokens.data.column("problem")
-    usable = pc.equal(problems, "")
-    dropped = Counter(problems.filter(pc.invert(usable)).to_pylist())
-    notes = Counter(pc.list_flatten(tokens.data.column("notes").filter(usable)).to_pylist())
-    if dropped[NO_PROMPT] > len(raw) / 2:
-        fail(f"most rows of the {name} split have no prompt, and completions that share no beginning{found}")
-    for text, n in [*((f"dropped: {reason}", n) for reason, n in dropped.items()), *notes.items()]:
-        say(f"{n} of {len(raw)} rows ({n / len(raw):.1%}) of the {name} split {text}")
-    kept = np.flatnonzero(usable)
-    if not len(kept):
-        reason = max(dropped, key=dropped.get, default="it is empty")
-        fail(f"no rows of the {name} split are left: {reason}")
-    lengths = [pc.list_value_length(tokens.data[column]).to_numpy()[kept] for column in columns]
-    means = ", ".join(f"{column} {n.mean():.0f}" for column, n in zip(columns, lengths, strict=True))
-    say(f"{len(kept)} rows in the {name} split; tokens on average: {means}")
-    tokens = tokens.select(kept).select_columns([*columns])
-    more = score_prompts, decoder_prompt, getattr(tokenizer, "vision", None)
-    return Data(raw.select(kept), tokens, np.stack(lengths, axis=1), *more)
+    notes = Counter(note for note in tokens["note"][:] if note)
+    for note, n in notes.items():
+        say(f"{n} of {len(raw)} rows ({n / len(raw):.1%}) of the {name} split are {note}")
+    lengths = [pc.list_value_length(tokens.data.column(column)).to_numpy() for column in columns]
+    kept = np.flatnonzero(lengths[0])  # rows that are dropped have no tokens
+    # Where most rows have no prompt, its column has another name; some completions begin alike by chance.
+    if not len(kept) or notes[f"dropped: {NO_PROMPT}"] > len(raw) / 2:
+        fail(f"most rows of the {name} split are {max(notes, key=notes.get, default='missing')}; {found}")
+    lengths = np.stack(lengths, axis=1)[kept]
+    means = [f"{column} {mean:.0f}" for column, mean in zip(columns, lengths.mean(0), strict=True)]
+    say(f"{len(kept)} rows in the {name} split; tokens on average: {', '.join(means)}")
+    return raw.select(kept), tokens.select(kept).select_columns([*columns]), lengths
 
 
-def tokenize(row: dict, tokenizer, completions, max_length, room, truncate_prompt=False, max_completion=0):
-    """Token ids of a row's `prompt` and completions, cut at max_length, or the `problem` that forbids it."""
-    result = {name: [] for name in ("prompt", *completions)} | {"problem": "", "notes": []}
+def tokenize(row, tokenizer, completions, max_length, room=1, truncate_prompt=False, max_completion=None):
+    """Token ids of a row's `prompt` and completions, or none; and a `note`, if the row is cut or dropped."""
+    vision, columns = getattr(tokenizer, "vision", None), ("prompt", *completions)
     for name in sorted({"prompt", "chosen", "rejected", *completions} & {*row}):
         turns = row[name] if isinstance(row[name], list) else []
         is_chat = all(isinstance(turn, dict) and "role" in turn for turn in turns)
         if not isinstance(row[name], str | list | None) or not is_chat:
             raise ValueError(f"{name} is {row[name]!r:.50}, not a text or messages with role and content")
-    vision = getattr(tokenizer, "vision", None)
-    images = vision.read(row) if vision else []  # outside of `try`: if one cannot be read, the program ends
+    images = vision.read(row) if vision else []
+    # An error up to here, such as an image that cannot be read, ends the program. The others drop the row.
     try:
-        prompt, *answers = split_prompt(row, completions, images=bool(vision))
-        answers = answers[: len(completions)]  # a method that samples has no completions
-        for name, y in zip(completions, answers, strict=True):
-            last = y[-1] if y and isinstance(y, list) else {"content": y}
-            if not last.get("content") and not last.get("tool_calls"):
-                return result | {"problem": f"{name} is empty"}
-            if isinstance(y, list) and all(turn["role"] != "assistant" for turn in y):
-                raise ValueError(f"{name} has no message of the assistant")
-        if not prompt and (prompt == [] or not completions or row.get("prompt") is None):
-            return result | {"problem": NO_PROMPT}
-        tools = json.loads(row["tools"]) if isinstance(row.get("tools"), str) else row.get("tools")
-        template = {"tools": clean(tools)} | clean(row.get("chat_template_kwargs") or {})
+        prompt, *answers = checked_parts(row, tokenizer, completions)
+        whole = parts = encode_row(row, tokenizer, images, prompt, answers)
+        if truncate_prompt and not images and len(whole[0]) + room > max_length:
+            # Completions get what they need, up to half of max_length.
+            space = max_length - max(room, min(max_length // 2, max(map(len, whole[1:]), default=0)))
+            parts = cut_prompt(row, tokenizer, prompt, answers, whole, space)
+        prompt_ids, space = parts[0], max_length - len(parts[0])
+        if getattr(tokenizer, "decoder_prompt", None):  # the encoder cuts all but the last token: perhaps EOS
+            prompt_ids = prompt_ids[: max_length - 1] + prompt_ids[max_length - 1 :][-1:]
+            space = max_completion or max_length
+        if space < room:
+            raise ValueError(f"the prompt leaves no room in max_length {max_length}; see --truncate_prompt")
+        parts = [prompt_ids, *(ids[:space] for ids in parts[1:])]
+        if not all(parts):
+            raise ValueError("the prompt or a completion has no tokens")
+        if len(parts) == 3 and parts[1] == parts[2]:
+            raise ValueError("the completions are identical, at least up to where they are cut")
+    except Exception as error:  # whatever a chat template or a tokenizer raises
+        kind = "" if type(error) is ValueError else f"{type(error).__name__}: "
+        return {name: [] for name in columns} | {"note": f"dropped: {kind}{first_line(error)}"}
+    is_cut = sum(map(len, parts)) < sum(map(len, whole))
+    return dict(zip(columns, parts, strict=True)) | {"note": "cut to fit max_length" if is_cut else ""}
 
-        def encode_parts(prompt) -> list[list[int]]:  # token ids of prompt and completions
-            if max_completion and isinstance(prompt, str):  # texts for an encoder and its decoder
-                return [tokenizer(prompt)["input_ids"], *(encode_labels(tokenizer, y) for y in answers)]
-            prompt_ids = encode(tokenizer, prompt, **template)
-            whole = [encode(tokenizer, prompt, y, **template) for y in answers]
-            # A token may span prompt and completion, or depend on what follows: the prompt is what all share.
-            shared = min([len(prompt_ids), *(shared_length(prompt_ids, ids) for ids in whole)])
-            result["notes"] = ["have a token of prompt and completion at once"] * (shared < len(prompt_ids))
-            return [prompt_ids[:shared], *(ids[shared:] for ids in whole)]
 
-        parts = encode_parts(prompt or "")
-        if truncate_prompt and not images and len(parts[0]) + room > max_length:
-            room_for_completions = max(room, min(max_length // 2, max(map(len, parts[1:]), default=0)))
-            space = max_length - room_for_completions
-            parts = cut_prompt(prompt, parts, encode_parts, space, tokenizer.bos_token_id)
-            result["notes"].append("have a prompt that is cut at its beginning")
-        if max_completion and len(parts[0]) > max_length:  # all but its last token, which may be EOS
-            parts[0] = [*parts[0][: max_length - 1], parts[0][-1]]
-            result["notes"].append(f"have a prompt that is cut at max_length {max_length}")
-        parts = vision.insert(images, *parts) if vision else parts
-    except Exception as error:  # also of a chat template
-        return result | {"problem": f"it cannot be tokenized: {first_line(error)}"}
+def checked_parts(row: dict, tokenizer, completions: list[str]) -> list:
+    """What split_prompt returns for a row, if it can be used. ValueError says why it cannot."""
+    prompt, *answers = split_prompt(row, completions)
+    messages = [turn for part in (prompt, *answers) if isinstance(part, list) for turn in part]
+    contents = [turn["content"] for turn in messages if isinstance(turn.get("content"), list)]
+    known = {"text", "image"} if hasattr(tokenizer, "vision") else {"text"}
+    if others := {str(part.get("type")) for content in contents for part in content} - known:
+        raise ValueError(f"a message has a part of type {min(others)}, which this model does not read")
+    answers = answers[: len(completions)]  # a method that samples has no completions
+    for name, y in zip(completions, answers, strict=True):
+        turns = y if isinstance(y, list) else [{"role": "assistant", "content": y}]
+        has_answer = any(turn["role"] == "assistant" for turn in turns)
+        if not has_answer or not (turns[-1].get("content") or turns[-1].get("tool_calls")):
+            raise ValueError(f"{name} is empty, or has no message of the assistant")
+    if not prompt and not (completions and prompt == row.get("prompt") == ""):
+        raise ValueError(NO_PROMPT)
     # In messages, only the template may write special tokens: an <|im_end|> in a text would end its turn.
     text = json.dumps([prompt, answers], ensure_ascii=False, default=str) if isinstance(prompt, list) else ""
     if any(token.special and token.content in text for token in tokenizer.added_tokens_decoder.values()):
-        return result | {"problem": "the text of a message spells a special token"}
-    prompt_ids, *answers = parts
-    if not prompt_ids and (not completions or tokenizer.bos_token_id is None):
-        return result | {"problem": "the prompt has no tokens"}
-    prompt_ids = prompt_ids or [tokenizer.bos_token_id]  # something has to predict a completion's first token
-    space = max_completion or max_length - len(prompt_ids)
-    limit = f"max_completion_length {space}" if max_completion else f"max_length {max_length}"
-    if space < room:
-        problem = f"the prompt leaves no room for a completion in max_length {max_length}"
-        remedy = "" if truncate_prompt or images else "; --truncate_prompt keeps its end"
-        return result | {"problem": problem + remedy}
-    if any(len(ids) > space for ids in answers):
-        result["notes"].append(f"have a completion that is cut at {limit}")
-    ids = {name: ids[:space] for name, ids in zip(completions, answers, strict=True)}
-    if empty := [name for name in ids if not ids[name]]:
-        return result | {"problem": f"{empty[0]} is empty"}
-    if len(ids) == 2 and ids[completions[0]] == ids[completions[1]]:
-        within = "" if answers[0] == answers[1] else f" within {limit}"
-        return result | {"problem": f"the completions are identical{within}"}
-    return result | ids | {"prompt": prompt_ids}
+        raise ValueError("the text of a message spells a special token")
+    return [prompt, *answers]
 
 
-def cut_prompt(prompt, parts: list[list[int]], encode_parts: Callable, space: int, bos: int | None) -> list:
+def encode_row(row: dict, tokenizer, images: list, prompt, answers: list) -> list[list[int]]:
+    """Token ids of a row's prompt and completions, which begin where the prompt ends."""
+    tools = json.loads(row["tools"]) if isinstance(row.get("tools"), str) else row.get("tools")
+    template = {"tools": clean(tools)} | clean(row.get("chat_template_kwargs") or {})
+    if getattr(tokenizer, "decoder_prompt", None) and isinstance(prompt, str):  # for encoder and decoder
+        parts = [tokenizer(prompt)["input_ids"], *(encode_labels(tokenizer, y) for y in answers)]
+    else:
+        prompt_ids = encode(tokenizer, prompt, **template)
+        whole = [encode(tokenizer, prompt, y, **template) for y in answers]
+        # A token may span prompt and completion, or depend on what follows: the prompt is what all share.
+        shared = shared_length(prompt_ids, *whole)
+        parts = [prompt_ids[:shared], *(ids[shared:] for ids in whole)]
+    if not parts[0] and answers and tokenizer.bos_token_id is not None:
+        parts[0] = [tokenizer.bos_token_id]  # something has to predict a completion's first token
+    return tokenizer.vision.insert(images, *parts) if hasattr(tokenizer, "vision") else parts
+
+
+def cut_prompt(row: dict, tokenizer, prompt, answers: list, parts: list[list[int]], space: int) -> list:
     """The parts with at most `space` tokens of the prompt: the end of a text, or system and latest turns."""
     if isinstance(prompt, str):
-        start = parts[0][: parts[0][:1] == [bos]]
-        return [start + parts[0][max(len(start), len(parts[0]) + len(start) - space) :], *parts[1:]]
+        start = parts[0][: parts[0][:1] == [tokenizer.bos_token_id]]
+        return [start + parts[0][len(parts[0]) - space + len(start) :], *parts[1:]]
     system = prompt[:1] if prompt[0]["role"] == "system" else []
     starts = [i for i, turn in enumerate(prompt) if turn["role"] == "user" and i > len(system)]
     while len(parts[0]) > space and starts:
-        parts = encode_parts(system + prompt[starts.pop(0) :])
+        parts = encode_row(row, tokenizer, [], system + prompt[starts.pop(0) :], answers)
     return parts
 
 
-def split_prompt(row: dict, completions: list[str] | None = None, images: bool = False) -> list:
+def split_prompt(row: dict, completions: list[str] | None = None) -> list:
     """[prompt, *completions] of a row, all texts or all lists of messages; by default of the row's pair."""
     # Without a prompt, a pair's shared beginning, in whole words or messages, is its prompt.
     names = completions or [name for name in ("chosen", "rejected") if row.get(name)]
-    prompt, answers = clean(row.get("prompt"), images), [clean(row[name], images) for name in names]
+    prompt, *answers = (clean(row.get(name)) for name in ("prompt", *names))
     if isinstance(prompt, list):
         answers = [[{"role": "assistant", "content": y}] if isinstance(y, str) else y for y in answers]
     if isinstance(prompt, str) and answers and isinstance(answers[0], list):
         # Unless the messages begin with the answer, they have the prompt as well.
         prompt = [{"role": "user", "content": prompt}] if answers[0][0].get("role") == "assistant" else None
-    if prompt is not None or len(answers) != 2:
+    if prompt is not None or len(answers) != 2 or not all(answers):
         return [prompt, *answers]
     is_text = isinstance(answers[0], str)
     chosen, rejected = (re.findall(r"\s*\S+|\s+", y) if is_text else y for y in answers)
@@ -555,25 +542,23 @@ def split_prompt(row: dict, completions: list[str] | None = None, images: bool =
     return ["".join(part) for part in parts] if is_text else parts
 
 
-def clean(value, images: bool = False):
+def clean(value):
     """Messages or tools without the None that Arrow adds, and with content that is in texts as one."""
     if isinstance(value, list):
-        return [clean(item, images) for item in value]
+        return [clean(item) for item in value]
     if not isinstance(value, dict):
         return value
-    value = {name: clean(item, images) for name, item in value.items() if item is not None}
-    if isinstance(value.get("content"), list):
-        kinds = {part.get("type") for part in value["content"]}
-        if others := kinds - {"text"} - {"image" if images else "text"}:
-            raise ValueError(f"a message has a part of type {min(map(str, others))}, and only text is read")
-        if "image" not in kinds:
-            value["content"] = "".join(part["text"] for part in value["content"])
+    value = {name: clean(item) for name, item in value.items() if item is not None}
+    content = value.get("content")
+    if isinstance(content, list) and all(part.get("type") == "text" for part in content):
+        value["content"] = "".join(part["text"] for part in content)
     return value
 
 
-def shared_length(a: list, b: list) -> int:
-    """How many elements two lists have in common at their beginning."""
-    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+def shared_length(*lists: list) -> int:
+    """How many elements lists have in common at their beginning."""
+    n = min(map(len, lists))
+    return next((i for i in range(n) if any(x[i] != lists[0][i] for x in lists)), n)
 
 
 class Vision:
@@ -665,10 +650,7 @@ def global_batches(data: Data, args: Arguments) -> np.ndarray:
         fail(f"{world} processes need at least {world} rows; there are {rows}")
     per_epoch = rows // size
     steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * per_epoch - 1e-9)
-    why = f", not batch_size {args.batch_size}, because there are no more" if size < args.batch_size else ""
-    flags = "--max_steps, --num_train_epochs, --batch_size, --learning_rate"
-    few = f"; so few change little: see {flags}" if steps < 20 else ""
-    say(f"training: steps of {size} rows{why}; {steps} steps{few}")
+    say(f"training: {steps} steps, each of {size} of the {rows} rows; see --batch_size and --max_steps")
     for epoch in range(math.ceil(steps / per_epoch)):
         order = np.random.default_rng((args.seed, epoch)).permutation(rows)[: per_epoch * size]
         order = order.reshape(per_epoch, size)
@@ -686,11 +668,12 @@ def micro_batches(data: Data, rows: np.ndarray, size: int, device: torch.device)
         token_counts["prompt"] = len(rows)
     for start in range(0, math.ceil(len(rows) / world), size):
         part = mine[start : start + size]
-        examples = list(zip(*data.tokens[part].values(), strict=True)) if len(part) else []
-        counts = {"rows": part, "global_pairs": len(rows), "global_tokens": token_counts}
-        # Both rows of a pair have its images.
-        images = [2 * data.vision.read(data.raw[int(row)]) for row in part] if data.vision else []
-        yield collate(examples, device, *data[3:], images=sum(images, []), **counts)
+        examples = list(zip(*data.tokens[part].values(), strict=True))
+        options = {"rows": part, "global_pairs": len(rows), "global_tokens": token_counts}
+        if data.vision:  # both rows of a pair have its images
+            images = [2 * data.vision.read(data.raw[int(row)]) for row in part]
+            options |= {"vision": data.vision, "images": sum(images, [])}
+        yield collate(examples, device, data.score_prompts, data.decoder_prompt, **options)
 
 
 # --------------------------------------------------------------------------------------- processes and models

@@ -194,7 +194,7 @@ def tokenize(row: dict, kind: str, max_length: int = 99, max_completion_length: 
 def test_texts_get_what_the_tokenizer_adds_and_completions_one_eos(kind, prompt, completion, end):
     """Of T5Gemma's <s>, the decoder's start token, none is a label: it would be read twice."""
     row = tokenize({"prompt": "12", "chosen": f"one two{end}", "rejected": f"one{end}"}, kind)
-    assert (row["problem"], row["notes"]) == ("", [])
+    assert row["note"] == ""
     assert row["prompt"] == ids(prompt)
     assert [row[name] for name in PARTS[1:]] == [ids(completion.format(y)) for y in ("one two", "one")]
 
@@ -231,11 +231,9 @@ def test_prompts_and_completions_are_cut_at_their_ends():
     row = {"prompt": "123456", "chosen": "one two", "rejected": "one three"}
     found = tokenize(row, "t5", max_length=4, max_completion_length=6)
     assert [found[name] for name in PARTS] == [ids("123</s>"), ids("one tw"), ids("one th")]
-    said = ["have a prompt that is cut at max_length 4"]
-    said += ["have a completion that is cut at max_completion_length 6"]
-    assert found["notes"] == said
-    problem = tokenize(row, "t5", max_completion_length=5)["problem"]
-    assert problem == "the completions are identical within max_completion_length 5"
+    assert found["note"] == "cut to fit max_length"
+    note = tokenize(row, "t5", max_completion_length=5)["note"]
+    assert note.startswith("dropped: the completions are identical")
 
 
 def test_max_length_is_also_the_default_of_completions(tmp_path):

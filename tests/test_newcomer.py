@@ -69,14 +69,16 @@ def test_test_splits_are_found_under_their_usual_names(tmp_path, name, capsys):
     _, test = load(tmp_path / "saved", dataset_test_split="other")
     assert len(test.tokens) == 3
     with pytest.raises(
-        SystemExit, match="--dataset_test_split has to be one of train_prefs, .*; there is no split 'nothing'"
+        SystemExit, match="--dataset_train_split and --dataset_test_split have to be among train_prefs, "
     ):
         load(tmp_path / "saved", dataset_test_split="nothing")
 
 
 def test_without_a_training_split_its_name_is_asked_for(tmp_path):
     datasets.DatasetDict({"mine": datasets.Dataset.from_list([ONE])}).save_to_disk(tmp_path / "saved")
-    with pytest.raises(SystemExit, match="--dataset_train_split has to be one of mine"):
+    with pytest.raises(
+        SystemExit, match="--dataset_train_split and --dataset_test_split have to be among mine"
+    ):
         load(tmp_path / "saved")
     assert len(load(tmp_path / "saved", dataset_train_split="mine")[0].tokens) == 1
 
@@ -91,10 +93,9 @@ def test_a_batch_has_no_more_pairs_than_there_are(tmp_path, capsys):
     train, _ = load(write(tmp_path / "pairs.jsonl", numbered(5)))
     batches = common.global_batches(train, Arguments(batch_size=64, num_train_epochs=3))
     said = capsys.readouterr().out
-    assert batches.shape == (3, 5) and "steps of 5 rows, not batch_size 64, because" in said
-    assert "3 steps; so few change little" in said
+    assert batches.shape == (3, 5) and "3 steps, each of 5 of the 5 rows; see --batch_size" in said
     assert common.global_batches(train, Arguments(batch_size=5, max_steps=20)).shape == (20, 5)
-    assert "steps of 5 rows; 20 steps\n" in capsys.readouterr().out
+    assert "20 steps, each of 5 of the 5 rows" in capsys.readouterr().out
 
 
 def test_all_processes_get_equally_many_of_few_rows(tmp_path, monkeypatch):
@@ -138,8 +139,8 @@ def test_pairs_without_a_prompt_are_dropped_and_a_file_of_them_is_refused(tmp_pa
     odd = {"question": "q", "chosen": "one", "rejected": "two"}
     train, _ = load(write(tmp_path / "few.jsonl", [shared, shared, odd]))
     assert len(train.tokens) == 2
-    assert "1 of 3 rows (33.3%) of the train split dropped: there is no prompt" in capsys.readouterr().out
-    with pytest.raises(SystemExit, match="found question, .*--rename_columns question=prompt"):
+    assert "1 of 3 rows (33.3%) of the train split are dropped: there is no prompt" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="found question, .*see --rename_columns"):
         load(write(tmp_path / "many.jsonl", [odd, odd, shared | {"question": "q"}]))
 
 
@@ -151,9 +152,9 @@ def test_columns_are_renamed(tmp_path, suffix):
         path.write_text("\n".join(separator.join(row) for row in [rows[0], *(row.values() for row in rows)]))
     else:
         getattr(datasets.Dataset.from_list(rows), f"to_{FILES[suffix]}")(path)
-    with pytest.raises(SystemExit, match="add --rename_columns query=prompt"):
+    with pytest.raises(SystemExit, match="found query, good, bad; see --rename_columns"):
         load(path)
-    with pytest.raises(SystemExit, match="found prompt, good, bad; --rename_columns OLD=NEW gives"):
+    with pytest.raises(SystemExit, match="found prompt, good, bad; see --rename_columns"):
         load(path, rename_columns=["query=prompt"])
     train, test = load(path, rename_columns=["query=prompt", "good=chosen", "bad=rejected"])
     assert train.tokens[0] == {
@@ -165,9 +166,9 @@ def test_columns_are_renamed(tmp_path, suffix):
 
 def test_texts_for_a_model_with_a_chat_template_are_pointed_out(tmp_path, capsys):
     load(write(tmp_path / "texts.jsonl", [ONE]))
-    assert 'write messages: "prompt": [{"role": "user", "content": ...}]' in capsys.readouterr().out
+    assert 'messages do: "prompt": [{"role": "user", "content": ...}]' in capsys.readouterr().out
     load(write(tmp_path / "chat.jsonl", [CHAT]))
-    assert "for messages" not in capsys.readouterr().out
+    assert "messages do" not in capsys.readouterr().out
 
 
 def test_the_first_row_is_short_and_shows_the_end_token(tmp_path, capsys):
@@ -186,8 +187,8 @@ def test_content_in_parts_is_joined_and_other_parts_are_refused_by_name(tmp_path
     train, _ = load(write(tmp_path / "parts.jsonl", [CHAT | {"prompt": parts("1", "2")}]))
     assert train.tokens["prompt"][:] == [ids("<s>12=")]
     image = [{"role": "user", "content": [{"type": "image", "image": "a.png"}]}]
-    problem = tokenize(CHAT | {"prompt": image}, TOY, ("chosen", "rejected"), 99, 1)["problem"]
-    assert "a message has a part of type image, and only text is read" in problem
+    problem = tokenize(CHAT | {"prompt": image}, TOY, ("chosen", "rejected"), 99, 1)["note"]
+    assert "a message has a part of type image, which this model does not read" in problem
 
 
 SHOWS = (
@@ -224,13 +225,15 @@ def test_truncate_prompt_keeps_the_end_of_a_text(max_length, tmp_path, capsys):
         row = pair(prompt, "abc", "xy")
         kept = tokenize(row, TOY, ("chosen", "rejected"), max_length, 1, truncate_prompt=True)
         whole, bos = ids(prompt), ids(prompt)[:1] if prompt != text else []
-        assert not kept["problem"] and len(kept["prompt"]) + len(kept["chosen"]) <= max_length
+        assert (
+            not kept["note"].startswith("dropped") and len(kept["prompt"]) + len(kept["chosen"]) <= max_length
+        )
         if len(whole) + 1 <= max_length:
             assert kept["prompt"] == whole
         else:  # completions get what they need, up to half of max_length
             space = max_length - min(max_length // 2, len(ids("abc</s>")))
             assert kept["prompt"] == bos + whole[len(whole) - space + len(bos) :]
-            assert kept["notes"][0] == "have a prompt that is cut at its beginning"
+            assert kept["note"] == "cut to fit max_length"
 
 
 def test_truncate_prompt_keeps_the_system_message_and_the_latest_turns():
@@ -243,7 +246,7 @@ def test_truncate_prompt_keeps_the_system_message_and_the_latest_turns():
     def prompt(max_length: int, messages: list) -> str:
         row = pair(messages, answer("67"), answer("8"))
         found = tokenize(row, tok, ("chosen", "rejected"), max_length, 1, truncate_prompt=True)
-        return found["problem"] or tok.decode(found["prompt"])
+        return tok.decode(found["prompt"]) or found["note"]
 
     assert prompt(99, system + turns) == "s0u1a2u3a4u5a"
     assert prompt(14, system + turns) == "s0u1a2u3a4u5a"  # there is room for one token, as always
@@ -260,15 +263,11 @@ def test_what_is_cut_is_counted(tmp_path, capsys):
     )  # identical once it is cut: dropped, and not counted twice
     load(write(tmp_path / "pairs.jsonl", rows), max_length=8)
     said = capsys.readouterr().out
-    assert "1 of 4 rows (25.0%) of the train split have a completion that is cut at max_length 8" in said
-    assert (
-        "1 of 4 rows (25.0%) of the train split dropped: the prompt leaves no room for a completion" in said
-    )
+    assert "1 of 4 rows (25.0%) of the train split are cut to fit max_length" in said
+    assert "1 of 4 rows (25.0%) of the train split are dropped: the prompt leaves no room" in said
     load(tmp_path / "pairs.jsonl", max_length=8, truncate_prompt=True)
     said = capsys.readouterr().out
-    assert (
-        "dropped: the prompt" not in said and "1 of 4 rows (25.0%) of the train split have a prompt" in said
-    )
+    assert "dropped: the prompt" not in said and "2 of 4 rows (50.0%) of the train split are cut" in said
 
 
 # ---------------------------------------------------------------------------------------------- command lines
@@ -385,7 +384,7 @@ def test_a_batch_that_shrank_is_resumed_with_what_was_asked_for(tmp_path):
     path = write(tmp_path / "pairs.jsonl", numbered(5))
     flags = ["--model_name_or_path", common.TOY_MODEL, "--dataset_name", str(path), "--eval_strategy", "no"]
     said = succeed("orpo.py", tmp_path / "out", *flags, "--max_steps", "2")
-    assert "steps of 5 rows, not batch_size 64" in said
+    assert "each of 5 of the 5 rows" in said
     assert json.loads((tmp_path / "out" / "run.json").read_text())["batch_size"] == 64
     assert "finished already" in succeed("orpo.py", tmp_path / "out", *flags, "--max_steps", "2")
     result = run("orpo.py", tmp_path / "out", *flags, "--max_steps", "2", "--batch_size", "5")

@@ -290,8 +290,8 @@ def test_image_tokens_are_prompt_and_too_many_of_them_drop_the_row(folder, tmp_p
     for flags in ({}, {"truncate_prompt": True}):
         tokenizer, data = load(folder, "llava", tmp_path / "train.jsonl", max_length=50, **flags)
         said = capsys.readouterr().out
-        line = "2 of 4 rows (50.0%) of the train split dropped: the prompt leaves no room for a completion in"
-        assert f"{line} max_length 50\n" in said
+        line = "2 of 4 rows (50.0%) of the train split are dropped: the prompt leaves no room in"
+        assert f"{line} max_length 50; see --truncate_prompt\n" in said
         image = data.vision.processor.image_token_id
         assert [ids.count(image) for ids in data.tokens["prompt"]] == [16, 0]
         assert data.raw["images"][1] == []
@@ -318,7 +318,7 @@ WRONG = {
         "the number of images is 2, and the prompt has places for 1",
     ),
     "answer": ({"chosen": ANSWER}, "a completion has an image"),
-    "video": ({"prompt": [{"role": "user", "content": [{"type": "video"}]}]}, "a part of type video, and"),
+    "video": ({"prompt": [{"role": "user", "content": [{"type": "video"}]}]}, "a part of type video, which"),
 }
 
 
@@ -357,7 +357,7 @@ def wrong(folder):
         ("cpo", "--model_name_or_path {dir}/llava", "is of type llava, not a language model"),
         ("orpo", "--model_name_or_path {dir}/qwen2_vl", "is of type qwen2_vl, not a language model"),
         ("dpo", "--model_name_or_path {dir}/half", "cannot load {dir}/half: Can't load image processor for"),
-        ("dpo", "--model_name_or_path {dir}/text", "a part of type image, and only text is read"),
+        ("dpo", "--model_name_or_path {dir}/text", "a part of type image, which this model does not"),
         ("dpo", "--model_name_or_path {toy} --freeze_vision_tower", "{toy} has no vision tower"),
         (
             "dpo",
