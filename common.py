@@ -316,6 +316,7 @@ def choose_forward_pass(model) -> None:
 FILES = {".json": "json", ".jsonl": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
 TRAIN_SPLITS = ["train", "train_prefs"]  # the first of these that a dataset has is used
 TEST_SPLITS = ["test", "validation", "valid", "dev", "eval", "test_prefs", "test_sft"]
+LIKELY_PROMPTS = ["question", "input", "instruction", "query"]
 NO_PROMPT = "there is no prompt"
 SHORT = reprlib.Repr()  # prints texts in quotes, and long ones without their middle
 SHORT.maxstring = 200
@@ -403,7 +404,8 @@ def hold_out(data: Data) -> list[Data]:
 def tokenize_split(raw: datasets.Dataset, name: str, args: Arguments, tokenizer, columns: tuple) -> tuple:
     """(raw, tokens, lengths) of the rows of a split that can be used; says how many cannot, and why."""
     completions, names = columns[1:], raw.column_names
-    found = f"found {', '.join(names)}; see --rename_columns"
+    likely = [f" {name}=prompt" for name in LIKELY_PROMPTS if name in names][:1]
+    found = f"found {', '.join(names)}; see --rename_columns{''.join(likely)}"
     if not {*completions} <= {*names} or not {"prompt", "chosen"} & {*names}:
         fail(f"the {name} split needs columns {', '.join(columns)}; {found}")
     options = {"tokenizer": tokenizer, "completions": completions, "truncate_prompt": args.truncate_prompt}
@@ -650,7 +652,10 @@ def global_batches(data: Data, args: Arguments) -> np.ndarray:
         fail(f"{world} processes need at least {world} rows; there are {rows}")
     per_epoch = rows // size
     steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * per_epoch - 1e-9)
-    say(f"training: {steps} steps, each of {size} of the {rows} rows; see --batch_size and --max_steps")
+    few = (
+        "; so few change little: see --num_train_epochs, --batch_size, --learning_rate" if steps < 20 else ""
+    )
+    say(f"training: {steps} steps, each of {size} of the {rows} rows{few}")
     for epoch in range(math.ceil(steps / per_epoch)):
         order = np.random.default_rng((args.seed, epoch)).permutation(rows)[: per_epoch * size]
         order = order.reshape(per_epoch, size)

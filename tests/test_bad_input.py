@@ -164,7 +164,7 @@ WRONG = [  # method, flags, what is said
     (
         "orpo",
         "{model} {dir}/orca.jsonl",
-        "found system, question, chosen, rejected; see --rename_columns",
+        "found system, question, chosen, rejected; see --rename_columns question=prompt",
     ),
     (
         "cpo",
