@@ -909,13 +909,12 @@ def adapter_base(path: str, args) -> str | None:
 
 def add_adapters(model, path: str | None, args: Arguments, trainable: bool) -> None:
     """Add to a model the adapter in `path`, or a fresh one; and the adapter that is the reference, if any."""
-    add_adapter(model, "default", path, args)
     # In a method with a reference that is not a model of its own, a policy that started from an adapter is
-    # compared with a copy of that adapter, or with another one. A fresh adapter is switched off instead.
+    # compared with a copy of that adapter, or with another one. A fresh adapter is left out instead.
     has_reference = trainable and hasattr(args, "ref_adapter_name")
     if path and has_reference and not getattr(args, "ref_model_name_or_path", None):
         add_adapter(model, "reference", policy_path(args, args.ref_adapter_name), args)
-    switch_adapter(model, "default")
+    add_adapter(model, "default", path, args)  # the last one that is added is the one that is used
     if not isinstance(model.get_output_embeddings(), torch.nn.Linear):
         model.forward_pass = "padded"  # ChunkedHead would miss the head's adapter
     model.train(trainable)
@@ -931,53 +930,52 @@ def add_adapter(model, name: str, path: str | None, args: Arguments) -> None:
     import peft
 
     if path is None:
-        targets = args.lora_target_modules
-        known = {name.split(".")[-2] for name, parameter in model.named_parameters() if parameter.ndim == 2}
-        targets = "all-linear" if targets == ["all-linear"] else targets
-        if targets != "all-linear" and (unknown := sorted({*targets} - known)):
-            fail(f"--lora_target_modules {unknown[0]}: this model has {' '.join(sorted(known))}")
-        options = {"r": args.lora_r, "lora_alpha": args.lora_alpha, "lora_dropout": args.lora_dropout}
-        if getattr(model.config, "vision_config", None):  # leave out modules outside of the language model
-            names = {module: name for name, module in model.named_modules()}
-            options["exclude_modules"] = rf"(?!{names[model.get_decoder()]}\.).*"
-        task_type = "SEQ_2_SEQ_LM" if model.config.is_encoder_decoder else "CAUSAL_LM"
-        config = peft.LoraConfig(**options, target_modules=targets, task_type=task_type)
-        config.base_model_name_or_path = model.name_or_path
         torch.manual_seed(args.seed)  # all processes draw the same initial values
-        peft.inject_adapter_in_model(config, model, name)  # model.add_adapter would ask for the newest peft
+        peft.inject_adapter_in_model(fresh_adapter_config(model, args), model, name)
         return
     with one_line(f"cannot load the adapter {path}"):
-        if not Path(path).is_dir():
-            options = {"revision": revision_of(path, args), "allow_patterns": "adapter_*"}
-            path = huggingface_hub.snapshot_download(path, **options)
-        config = peft.PeftConfig.from_pretrained(path)
+        revision = revision_of(path, args)
+        config = peft.PeftConfig.from_pretrained(path, revision=revision)
         if config.peft_type != "LORA" or config.bias != "none" or config.modules_to_save:
             raise ValueError("it has other weights than LoRA's matrices")
         if os.path.realpath(base := config.base_model_name_or_path) != os.path.realpath(model.name_or_path):
             raise ValueError(f"it belongs to {base}, not to {model.name_or_path}")
         if name == "reference":
             config.lora_dropout = 0.0  # it runs while the policy is in training mode
-        transformers.utils.logging.set_verbosity_error()  # the second adapter's report would miss the first
-        with warnings.catch_warnings(action="ignore"):
-            loaded = model.load_adapter(path, name, peft_config=config)
-        transformers.utils.logging.set_verbosity_warning()
+        with warnings.catch_warnings(action="ignore"):  # of peft, that this may be the second adapter
+            peft.inject_adapter_in_model(config, model, name)
+        weights = peft.load_peft_weights(path, device="cpu", revision=revision)
+        loaded = peft.set_peft_model_state_dict(model, weights, name)
         if loaded.unexpected_keys or any(f".{name}." in key for key in loaded.missing_keys):
             raise ValueError(f"its weights do not fit {model.name_or_path}")
 
 
-def switch_adapter(model, name: str | None) -> None:
-    """Let the model run with the adapter of this name, or with none."""
-    # peft's own methods would also change which parameters have a gradient, in the middle of a step.
-    for layer in [module for module in model.modules() if hasattr(module, "_disable_adapters")]:
-        layer._active_adapter, layer._disable_adapters = [name or "default"], name is None
+def fresh_adapter_config(model, args: Arguments):
+    """The peft.LoraConfig of a new adapter."""
+    import peft
+
+    targets = "all-linear" if args.lora_target_modules == ["all-linear"] else args.lora_target_modules
+    known = {name.split(".")[-2] for name, parameter in model.named_parameters() if parameter.ndim == 2}
+    if targets != "all-linear" and (unknown := sorted({*targets} - known)):
+        fail(f"--lora_target_modules {unknown[0]}: this model has {' '.join(sorted(known))}")
+    options = {"r": args.lora_r, "lora_alpha": args.lora_alpha, "lora_dropout": args.lora_dropout}
+    if getattr(model.config, "vision_config", None):  # leave out modules outside of the language model
+        names = {module: name for name, module in model.named_modules()}
+        options["exclude_modules"] = rf"(?!{names[model.get_decoder()]}\.).*"
+    options["task_type"] = "SEQ_2_SEQ_LM" if model.config.is_encoder_decoder else "CAUSAL_LM"
+    return peft.LoraConfig(**options, target_modules=targets, base_model_name_or_path=model.name_or_path)
 
 
 @contextmanager
 def as_before_training(policy) -> Iterator:
-    """Let the policy run without its adapter, or if it started from an adapter, with a copy of that one."""
-    switch_adapter(policy, "reference" if "reference" in policy.peft_config else None)
+    """Let the policy run with its adapter "reference", or, where it has none of this name, without one."""
+    # peft's own methods would also change which parameters have a gradient, in the middle of a step.
+    layers = [module for module in policy.modules() if hasattr(module, "_active_adapter")]
+    for layer in layers:
+        layer._active_adapter = "reference"
     yield policy
-    switch_adapter(policy, "default")
+    for layer in layers:
+        layer._active_adapter = "default"
 
 
 def load_reference(path: str | None, policy, args: Arguments, device, *, updated: bool = False) -> Callable:
