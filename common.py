@@ -913,8 +913,11 @@ def add_adapters(model, path: str | None, args: Arguments, trainable: bool) -> N
     # compared with a copy of that adapter, or with another one. A fresh adapter is left out instead.
     has_reference = trainable and hasattr(args, "ref_adapter_name")
     if path and has_reference and not getattr(args, "ref_model_name_or_path", None):
-        add_adapter(model, "reference", policy_path(args, args.ref_adapter_name), args)
-    add_adapter(model, "default", path, args)  # the last one that is added is the one that is used
+        load_adapter(model, "reference", policy_path(args, args.ref_adapter_name), args)
+    if path:  # after the reference, because the model uses the adapter that was added last
+        load_adapter(model, "default", path, args)
+    else:
+        add_fresh_adapter(model, args)
     if not isinstance(model.get_output_embeddings(), torch.nn.Linear):
         model.forward_pass = "padded"  # ChunkedHead would miss the head's adapter
     model.train(trainable)
@@ -925,33 +928,8 @@ def add_adapters(model, path: str | None, args: Arguments, trainable: bool) -> N
         say(f"training {trained:,} of {total:,} parameters ({trained / total:.2%})")
 
 
-def add_adapter(model, name: str, path: str | None, args: Arguments) -> None:
-    """Add to a model the LoRA adapter (2106.09685) in `path`, or a fresh one, which at first adds only 0."""
-    import peft
-
-    if path is None:
-        torch.manual_seed(args.seed)  # all processes draw the same initial values
-        peft.inject_adapter_in_model(fresh_adapter_config(model, args), model, name)
-        return
-    with one_line(f"cannot load the adapter {path}"):
-        revision = revision_of(path, args)
-        config = peft.PeftConfig.from_pretrained(path, revision=revision)
-        if config.peft_type != "LORA" or config.bias != "none" or config.modules_to_save:
-            raise ValueError("it has other weights than LoRA's matrices")
-        if os.path.realpath(base := config.base_model_name_or_path) != os.path.realpath(model.name_or_path):
-            raise ValueError(f"it belongs to {base}, not to {model.name_or_path}")
-        if name == "reference":
-            config.lora_dropout = 0.0  # it runs while the policy is in training mode
-        with warnings.catch_warnings(action="ignore"):  # of peft, that this may be the second adapter
-            peft.inject_adapter_in_model(config, model, name)
-        weights = peft.load_peft_weights(path, device="cpu", revision=revision)
-        loaded = peft.set_peft_model_state_dict(model, weights, name)
-        if loaded.unexpected_keys or any(f".{name}." in key for key in loaded.missing_keys):
-            raise ValueError(f"its weights do not fit {model.name_or_path}")
-
-
-def fresh_adapter_config(model, args: Arguments):
-    """The peft.LoraConfig of a new adapter."""
+def add_fresh_adapter(model, args: Arguments) -> None:
+    """Add to a model a new LoRA adapter (2106.09685), which at first adds only 0."""
     import peft
 
     targets = "all-linear" if args.lora_target_modules == ["all-linear"] else args.lora_target_modules
@@ -963,7 +941,29 @@ def fresh_adapter_config(model, args: Arguments):
         names = {module: name for name, module in model.named_modules()}
         options["exclude_modules"] = rf"(?!{names[model.get_decoder()]}\.).*"
     options["task_type"] = "SEQ_2_SEQ_LM" if model.config.is_encoder_decoder else "CAUSAL_LM"
-    return peft.LoraConfig(**options, target_modules=targets, base_model_name_or_path=model.name_or_path)
+    config = peft.LoraConfig(**options, target_modules=targets, base_model_name_or_path=model.name_or_path)
+    torch.manual_seed(args.seed)  # all processes draw the same initial values
+    peft.inject_adapter_in_model(config, model, "default")  # model.add_adapter wants the newest peft
+
+
+def load_adapter(model, name: str, path: str, args: Arguments) -> None:
+    """Add to a model, under a name, the LoRA adapter in `path`."""
+    import peft
+
+    with one_line(f"cannot load the adapter {path}"), warnings.catch_warnings(action="ignore"):
+        where = {"revision": revision_of(path, args)}
+        config = peft.PeftConfig.from_pretrained(path, **where)
+        if config.peft_type != "LORA" or config.bias != "none" or config.modules_to_save:
+            raise ValueError("it has other weights than LoRA's matrices")
+        if os.path.realpath(base := config.base_model_name_or_path) != os.path.realpath(model.name_or_path):
+            raise ValueError(f"it belongs to {base}, not to {model.name_or_path}")
+        if name == "reference":
+            config.lora_dropout = 0.0  # it runs while the policy is in training mode
+        transformers.utils.logging.set_verbosity_error()  # the report on one adapter would miss the other
+        loaded = model.load_adapter(path, name, peft_config=config, download_kwargs=where)
+        transformers.utils.logging.set_verbosity_warning()
+        if loaded.unexpected_keys or any(f".{name}." in key for key in loaded.missing_keys):
+            raise ValueError(f"its weights do not fit {model.name_or_path}")
 
 
 @contextmanager
