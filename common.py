@@ -740,9 +740,7 @@ def from_rank_0(value):
 def start(args: Arguments) -> tuple[int, int, torch.device]:
     """Join the other processes that torchrun has started, if any: (rank, world size, device)."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    device = torch.device("cpu")
-    if torch.cuda.is_available():
-        device = prepare_cuda()
+    device = prepare_cuda() if torch.cuda.is_available() else torch.device("cpu")
     if args.bf16 is None:
         args.bf16 = device.type == "cuda" and args.dtype != "float64"
     check_output_dir(args)
@@ -772,10 +770,6 @@ def prepare_cuda() -> torch.device:
     # cuDNN's attention plans anew for every length, which is slow, and with a mask its gradient can be NaN
     # (https://github.com/pytorch/pytorch/issues/196678).
     torch.backends.cuda.enable_cudnn_sdp(False)
-    query = torch.empty(1, 8, 64, 64, dtype=torch.bfloat16, device=device)
-    attention = torch.backends.cuda.SDPAParams(query, query, query, None, 0.0, True, False)
-    is_flash = torch.backends.cuda.can_use_flash_attention(attention)
-    say(f"{torch.cuda.get_device_name()}; attention kernel: {'flash' if is_flash else 'not flash'}")
     return device
 
 
@@ -798,14 +792,13 @@ def load_tokenizer(path: str, args: Arguments):
     has_tokenizer = base == path or has_file(path, "tokenizer_config.json", revision=revision_of(path, args))
     tokenizer = from_pretrained(transformers.AutoTokenizer, path if has_tokenizer else base, args)
     config = from_pretrained(AutoConfig, base, args)
-    kind = "SEQ_TO_SEQ_CAUSAL_LM" if config.is_encoder_decoder else "CAUSAL_LM"
-    known = type(config) in getattr(transformers, f"MODEL_FOR_{kind}_MAPPING") or args.trust_remote_code
-    if has_vision := getattr(config, "vision_config", None):
-        # For scripts with this argument. PaliGemma attends to what follows, except in completions.
-        known = hasattr(args, "freeze_vision_tower") and config.model_type != "paligemma"
-        known = known and type(config) in transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
-        known = known and not config.is_encoder_decoder
-    if not known:
+    has_vision = bool(getattr(config, "vision_config", None))
+    kind = "IMAGE_TEXT_TO_TEXT" if has_vision else "CAUSAL_LM"
+    kind = "SEQ_TO_SEQ_CAUSAL_LM" if config.is_encoder_decoder else kind  # none of these takes images
+    known = type(config) in getattr(transformers, f"MODEL_FOR_{kind}_MAPPING")
+    if has_vision:  # for scripts with this argument. PaliGemma attends to what follows, except in completions
+        known = known and hasattr(args, "freeze_vision_tower") and config.model_type != "paligemma"
+    if not known and (has_vision or not args.trust_remote_code):
         fail(f"{path} is of type {config.model_type}, not a language model that this script can train")
     if has_vision:
         with one_line(f"cannot use the processor of {base}"):
@@ -824,25 +817,23 @@ def load_tokenizer(path: str, args: Arguments):
 
 def load_model(path: str, args: Arguments, device: torch.device, *, trainable: bool, updated: bool = False):
     """A model or LoRA adapter, sharded over all processes, with the method `token_logps` of this file."""
-    # Dropout is off, so that policy and reference agree exactly before the first step. Weights that are
-    # neither trained nor `updated` in another way are kept in bfloat16 if args.bf16 says to compute in it.
-    base = adapter_base(path, args)
+    base, dtype = adapter_base(path, args), getattr(torch, args.dtype)
+    adapted = bool(base) or (trainable and args.use_peft)
+    # Weights that are neither trained nor `updated` in another way have the dtype of the computation.
+    compute_dtype = torch.bfloat16 if args.bf16 else dtype
+    base_dtype = dtype if trainable and not adapted or updated else compute_dtype
     config = from_pretrained(AutoConfig, base or path, args)
     original_config = copy.deepcopy(config)
+    # Dropout is off, so that policy and reference agree exactly before the first step.
     for part in [config, *(getattr(config, name) for name in config.sub_configs)]:
         part.update({k: 0.0 for k, value in vars(part).items() if "drop" in k and isinstance(value, float)})
-    dtype = compute_dtype = getattr(torch, args.dtype)
-    if args.bf16:
-        compute_dtype = torch.bfloat16
-    adapted = bool(base) or (trainable and args.use_peft)
-    base_dtype = dtype if trainable and not adapted or updated else compute_dtype
-    options, source = {"config": config, "dtype": "auto"}, None
+    kind = transformers.AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    kind = transformers.AutoModelForImageTextToText if getattr(config, "vision_config", None) else kind
+    source, options = None, {"config": config, "dtype": "auto"}
     if args.load_in_4bit:
         nf4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
         nf4 = transformers.BitsAndBytesConfig(**nf4, bnb_4bit_compute_dtype=compute_dtype)
         options |= {"quantization_config": nf4, "device_map": {"": device}, "dtype": compute_dtype}
-    kind = transformers.AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-    kind = transformers.AutoModelForImageTextToText if getattr(config, "vision_config", None) else kind
     if args.load_in_4bit or dist.get_rank() == 0:
         source = from_pretrained(kind, base or path, args, **options)
         choose_forward_pass(source.train(trainable))
@@ -853,19 +844,17 @@ def load_model(path: str, args: Arguments, device: torch.device, *, trainable: b
             fail(f"on a CPU, --load_in_4bit needs sizes that are multiples of 64, unlike those of {path}")
     else:  # only rank 0 reads the weights: others would need as much memory. receive_weights distributes them
         with torch.device("meta"):
-            options = {"dtype": base_dtype, "trust_remote_code": args.trust_remote_code}
-            model = kind.from_config(config, **options)
+            model = kind.from_config(config, dtype=base_dtype, trust_remote_code=args.trust_remote_code)
         model.to_empty(device="cpu").tie_weights()  # it takes up memory when something is written there
-        copied = ("forward_pass", "router_loss", "generation_config")
-        for name, value in from_rank_0(source and {name: getattr(source, name) for name in copied}).items():
-            setattr(model, name, value)
-        model.set_attn_implementation(from_rank_0(source and source.config._attn_implementation))
-    model.original_config = original_config  # with its dropout; save_model writes it
-    model.adapted = adapted
-    model.train(trainable).requires_grad_(trainable and not model.adapted)
+        chosen = source and (source.forward_pass, source.generation_config)
+        model.forward_pass, model.generation_config = from_rank_0(chosen)
+        if model.forward_pass == "packed":
+            model.set_attn_implementation("packed")
+    model.original_config, model.adapted, model.router_loss = original_config, adapted, None
+    model.train(trainable).requires_grad_(trainable and not adapted)
     if trainable and args.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    if model.adapted:
+    if adapted:
         add_adapters(model, base and path, args, trainable)
     for parameter in model.parameters():
         if parameter.is_floating_point():  # weights of 4 bits are not
@@ -1056,20 +1045,19 @@ def generate(model, tokenizer, prompts: list[list[int]], args: Arguments, images
     """One completion for each prompt: token ids that end in EOS, unless max_new_tokens cut them off."""
     was_training, config, eos = model.training, model.generation_config, eos_ids(model, tokenizer)
     pad = eos[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    # A fresh configuration: the checkpoint's temperature, top-k and so on must not change the distribution.
+    decoder_prompt, vision = decoder_prompt_of(model.config), getattr(tokenizer, "vision", None)
     sampling |= {"eos_token_id": eos, "pad_token_id": pad, "max_new_tokens": args.max_new_tokens}
-    decoder_prompt = decoder_prompt_of(model.config)
     sampling |= {"decoder_start_token_id": decoder_prompt[0]} if decoder_prompt else {}
+    # A fresh configuration: the checkpoint's temperature, top-k and so on must not change the distribution.
     model.generation_config = transformers.GenerationConfig(**sampling)
     model.eval()  # in training mode, gradient checkpointing would switch off the cache of keys and values
     shortest_first = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # so that padding is short
     completions, size = [[] for _ in prompts], args.generation_batch_size
     side = {"batch_first": True, "padding_side": "right" if decoder_prompt else "left"}  # completions align
-    vision = getattr(tokenizer, "vision", None)
     with gathered(model, args) as full:
         for start in range(0, len(prompts), size):
             rows = shortest_first[start : start + size]
-            shown = sum((images[row] for row in rows), []) if images else []
+            shown = [image for row in rows for image in images[row]] if images else []
             blank = [vision.blank_prompt] if vision and not shown else []  # as in collate
             part = [torch.tensor(prompt) for prompt in [*(prompts[row] for row in rows), *blank]]
             ids = pad_sequence(part, padding_value=pad, **side).to(model.device)
@@ -1078,12 +1066,12 @@ def generate(model, tokenizer, prompts: list[list[int]], args: Arguments, images
             # If weights are gathered at every token, all processes must generate equally many.
             output = model.generate(input_ids=ids, attention_mask=mask, synced_gpus=not full, **pixels)
             output = output[:, 1 if decoder_prompt else ids.shape[1] :].tolist()
-            for row, completion in zip(rows, output[: len(rows)], strict=True):
-                completions[row] = completion
+            for row, y in zip(rows, output[: len(rows)], strict=True):
+                end = next((i + 1 for i, token in enumerate(y) if token in eos), len(y))
+                completions[row] = y[:end]
     model.train(was_training)
     model.generation_config = config
-    ends = [next((i + 1 for i, token in enumerate(y) if token in eos), len(y)) for y in completions]
-    return [y[:end] for y, end in zip(completions, ends, strict=True)]
+    return completions
 
 
 def complete(policy, tokenizer, test: Data, args: Arguments, step: int) -> tuple[dict, list[dict]]:
@@ -1098,16 +1086,17 @@ def complete(policy, tokenizer, test: Data, args: Arguments, step: int) -> tuple
     torch.manual_seed(hash((args.seed, step, rank, 1)))  # four numbers: not the seed of a training step
     columns = {"step": [step] * len(rows), "row": rows}
     columns["prompt"] = tokenizer.batch_decode(prompts, skip_special_tokens=True)
+    if "answer" in test.raw.column_names:
+        columns["answer"] = test.raw[rows]["answer"]
     images = [test.vision.read(test.raw[row]) for row in rows] if test.vision else []
     for name, options in (("greedy", {"do_sample": False}), ("sampled", {"do_sample": True, "top_k": 0})):
         answers = generate(policy, tokenizer, prompts, args, images, **options)
         before = [[] for _ in prompts] if test.decoder_prompt else prompts
         columns[name] = decode_answers(tokenizer, before, answers)
-    has_answers = "answer" in test.raw.column_names
-    samples = gather_rows(columns | ({"answer": test.raw[rows]["answer"]} if has_answers else {}))
-    metrics = {"exact_match": "greedy", "exact_match_sampled": "sampled"} if has_answers else {}
-    for metric, name in metrics.items():
-        metrics[metric] = sum(s[name].strip() == str(s["answer"]).strip() for s in samples) / count
+    samples, metrics = gather_rows(columns), {}
+    if "answer" in columns:
+        for metric, name in (("exact_match", "greedy"), ("exact_match_sampled", "sampled")):
+            metrics[metric] = sum(s[name].strip() == str(s["answer"]).strip() for s in samples) / count
     return metrics, samples
 
 
