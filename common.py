@@ -981,9 +981,9 @@ def shard(model, args: Arguments, device: torch.device, *, reshard_after_forward
     options = {"param_dtype": torch.bfloat16, "reduce_dtype": torch.float32} if args.bf16 else {}
     # FSDP must not cast the inputs of layers: generate() runs without its hooks and would not cast either.
     precision = MixedPrecisionPolicy(**options, cast_forward_inputs=False)
-    # Weights of 4 bits cannot be sharded: every process has all of them, and of the others that are frozen.
-    is_4bit, options = getattr(model, "is_loaded_in_4bit", False), {"mesh": mesh, "mp_policy": precision}
-    options["ignored_params"] = {p for p in model.parameters() if is_4bit and not p.requires_grad}
+    # Weights of 4 bits, which are bytes, cannot be sharded: every process has all of them.
+    in_4_bits = {parameter for parameter in model.parameters() if not parameter.is_floating_point()}
+    options = {"mesh": mesh, "mp_policy": precision, "ignored_params": in_4_bits}
     layers = [m for m in model.modules() if type(m).__name__ in (model._no_split_modules or ())]
     for layer in reversed(layers):  # inner ones first: MBart has attention within layers
         fully_shard(layer, **options)
@@ -991,11 +991,10 @@ def shard(model, args: Arguments, device: torch.device, *, reshard_after_forward
 
 
 def adamw(model, args: Arguments) -> torch.optim.AdamW:
-    betas = (args.adam_beta1, args.adam_beta2)
-    options = {"betas": betas, "eps": args.adam_epsilon, "weight_decay": args.weight_decay, "fused": True}
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    options = {"lr": args.learning_rate, "betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
     with one_line("AdamW"):
-        parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        return torch.optim.AdamW(parameters, lr=args.learning_rate, **options)
+        return torch.optim.AdamW(trained, **options, weight_decay=args.weight_decay, fused=True)
 
 
 def set_learning_rate(optimizer, step: int, steps: int, args: Arguments) -> float:
@@ -1004,8 +1003,7 @@ def set_learning_rate(optimizer, step: int, steps: int, args: Arguments) -> floa
     done = max(0.0, step - warmup) / max(1.0, steps - warmup)
     decay = {"linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2, "constant": 1.0}
     lr = args.learning_rate * min(1.0, (step + 1) / max(1.0, warmup)) * decay[args.lr_scheduler_type]
-    for group in optimizer.param_groups:
-        group["lr"] = lr
+    optimizer.param_groups[0]["lr"] = lr
     return lr
 
 
