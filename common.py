@@ -851,15 +851,19 @@ def load_model(path: str, args: Arguments, device: torch.device, *, trainable: b
         if model.forward_pass == "packed":
             model.set_attn_implementation("packed")
     model.original_config, model.adapted, model.router_loss = original_config, adapted, None
-    model.train(trainable).requires_grad_(trainable and not adapted)
     if trainable and args.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     if adapted:
         add_adapters(model, base and path, args, trainable)
-    for parameter in model.parameters():
+    model.train(trainable)
+    for name, parameter in model.named_parameters():
         if parameter.is_floating_point():  # weights of 4 bits are not
-            kept = dtype if parameter.requires_grad or updated else compute_dtype
-            parameter.data = parameter.data.to(kept)
+            trained = trainable and (not adapted or "lora_" in name and ".default" in name)
+            parameter.data = parameter.data.to(dtype if trained or updated else compute_dtype)
+            parameter.requires_grad_(trained)
+    if trainable and adapted:
+        count, total = model.num_parameters(only_trainable=True), model.num_parameters()
+        say(f"training {count:,} of {total:,} parameters ({count / total:.2%})")
     # The policy's embedding and head stay gathered until its backward pass. A reference has no such pass.
     model = shard(model, args, device, reshard_after_forward=not trainable)
     if not args.load_in_4bit:
@@ -909,12 +913,6 @@ def add_adapters(model, path: str | None, args: Arguments, trainable: bool) -> N
         add_fresh_adapter(model, args)
     if not isinstance(model.get_output_embeddings(), torch.nn.Linear):
         model.forward_pass = "padded"  # ChunkedHead would miss the head's adapter
-    model.train(trainable)
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(trainable and "lora_" in name and ".default" in name)
-    if trainable:
-        trained, total = model.num_parameters(only_trainable=True), model.num_parameters()
-        say(f"training {trained:,} of {total:,} parameters ({trained / total:.2%})")
 
 
 def add_fresh_adapter(model, args: Arguments) -> None:
@@ -981,9 +979,9 @@ def shard(model, args: Arguments, device: torch.device, *, reshard_after_forward
     options = {"param_dtype": torch.bfloat16, "reduce_dtype": torch.float32} if args.bf16 else {}
     # FSDP must not cast the inputs of layers: generate() runs without its hooks and would not cast either.
     precision = MixedPrecisionPolicy(**options, cast_forward_inputs=False)
-    # Weights of 4 bits, which are bytes, cannot be sharded: every process has all of them.
-    in_4_bits = {parameter for parameter in model.parameters() if not parameter.is_floating_point()}
-    options = {"mesh": mesh, "mp_policy": precision, "ignored_params": in_4_bits}
+    # Weights of 4 bits cannot be sharded: every process has all of them, and of the others that are frozen.
+    is_4bit, options = getattr(model, "is_loaded_in_4bit", False), {"mesh": mesh, "mp_policy": precision}
+    options["ignored_params"] = {p for p in model.parameters() if is_4bit and not p.requires_grad}
     layers = [m for m in model.modules() if type(m).__name__ in (model._no_split_modules or ())]
     for layer in reversed(layers):  # inner ones first: MBart has attention within layers
         fully_shard(layer, **options)
