@@ -990,9 +990,9 @@ def shard(model, args: Arguments, device: torch.device, *, reshard_after_forward
 
 def adamw(model, args: Arguments) -> torch.optim.AdamW:
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    options = {"lr": args.learning_rate, "betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
+    options = {"betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon, "fused": True}
     with one_line("AdamW"):
-        return torch.optim.AdamW(trained, **options, weight_decay=args.weight_decay, fused=True)
+        return torch.optim.AdamW(trained, args.learning_rate, weight_decay=args.weight_decay, **options)
 
 
 def set_learning_rate(optimizer, step: int, steps: int, args: Arguments) -> float:
@@ -1096,9 +1096,9 @@ def complete(policy, tokenizer, test: Data, args: Arguments, step: int) -> tuple
     return metrics, samples
 
 
-def decode_answers(tokenizer, prompts: list[list[int]], answers: list[list[int]], **options) -> list[str]:
+def decode_answers(tokenizer, prompts: list, answers: list, *, skip_special_tokens: bool = True) -> list[str]:
     """The texts of answers behind their prompts: decoded alone, some would lose a space they begin with."""
-    options = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False} | options
+    options = {"skip_special_tokens": skip_special_tokens, "clean_up_tokenization_spaces": False}
     before = tokenizer.batch_decode(prompts, **options)
     whole = tokenizer.batch_decode([x + y for x, y in zip(prompts, answers, strict=True)], **options)
     return [text[len(prompt) :] for prompt, text in zip(before, whole, strict=True)]
