@@ -723,9 +723,7 @@ def from_rank_0(value):
 def start(args: Arguments) -> tuple[int, int, torch.device]:
     """Join the other processes that torchrun has started, if any: (rank, world size, device)."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    device = torch.device("cpu")
-    if torch.cuda.is_available():
-        device = prepare_cuda()
+    device = prepare_cuda() if torch.cuda.is_available() else torch.device("cpu")
     if args.bf16 is None:
         args.bf16 = device.type == "cuda" and args.dtype != "float64"
     check_output_dir(args)
@@ -781,14 +779,13 @@ def load_tokenizer(path: str, args: Arguments):
     has_tokenizer = base == path or has_file(path, "tokenizer_config.json", revision=revision_of(path, args))
     tokenizer = from_pretrained(transformers.AutoTokenizer, path if has_tokenizer else base, args)
     config = from_pretrained(AutoConfig, base, args)
-    kind = "SEQ_TO_SEQ_CAUSAL_LM" if config.is_encoder_decoder else "CAUSAL_LM"
-    known = type(config) in getattr(transformers, f"MODEL_FOR_{kind}_MAPPING") or args.trust_remote_code
-    if has_vision := getattr(config, "vision_config", None):
-        # For scripts with this argument. PaliGemma attends to what follows, except in completions.
-        known = hasattr(args, "freeze_vision_tower") and config.model_type != "paligemma"
-        known = known and type(config) in transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
-        known = known and not config.is_encoder_decoder
-    if not known:
+    has_vision = bool(getattr(config, "vision_config", None))
+    kind = "IMAGE_TEXT_TO_TEXT" if has_vision else "CAUSAL_LM"
+    kind = "SEQ_TO_SEQ_CAUSAL_LM" if config.is_encoder_decoder else kind  # none of these takes images
+    known = type(config) in getattr(transformers, f"MODEL_FOR_{kind}_MAPPING")
+    if has_vision:  # for scripts with this argument. PaliGemma attends to what follows, except in completions
+        known = known and hasattr(args, "freeze_vision_tower") and config.model_type != "paligemma"
+    if not known and (has_vision or not args.trust_remote_code):
         fail(f"{path} is of type {config.model_type}, not a language model that this script can train")
     if has_vision:
         with one_line(f"cannot use the processor of {base}"):
@@ -807,25 +804,23 @@ def load_tokenizer(path: str, args: Arguments):
 
 def load_model(path: str, args: Arguments, device: torch.device, *, trainable: bool, updated: bool = False):
     """A model or LoRA adapter, sharded over all processes, with the method `token_logps` of this file."""
-    # Dropout is off, so that policy and reference agree exactly before the first step. Weights that are
-    # neither trained nor `updated` in another way are kept in bfloat16 if args.bf16 says to compute in it.
-    base = adapter_base(path, args)
+    base, dtype = adapter_base(path, args), getattr(torch, args.dtype)
+    adapted = bool(base) or (trainable and args.use_peft)
+    # Weights that are neither trained nor `updated` in another way have the dtype of the computation.
+    compute_dtype = torch.bfloat16 if args.bf16 else dtype
+    base_dtype = dtype if trainable and not adapted or updated else compute_dtype
     config = from_pretrained(AutoConfig, base or path, args)
     original_config = copy.deepcopy(config)
+    # Dropout is off, so that policy and reference agree exactly before the first step.
     for part in [config, *(getattr(config, name) for name in config.sub_configs)]:
         part.update({k: 0.0 for k, value in vars(part).items() if "drop" in k and isinstance(value, float)})
-    dtype = compute_dtype = getattr(torch, args.dtype)
-    if args.bf16:
-        compute_dtype = torch.bfloat16
-    adapted = bool(base) or (trainable and args.use_peft)
-    base_dtype = dtype if trainable and not adapted or updated else compute_dtype
-    options, source = {"config": config, "dtype": "auto"}, None
+    kind = transformers.AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    kind = transformers.AutoModelForImageTextToText if getattr(config, "vision_config", None) else kind
+    source, options = None, {"config": config, "dtype": "auto"}
     if args.load_in_4bit:
         nf4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
         nf4 = transformers.BitsAndBytesConfig(**nf4, bnb_4bit_compute_dtype=compute_dtype)
         options |= {"quantization_config": nf4, "device_map": {"": device}, "dtype": compute_dtype}
-    kind = transformers.AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-    kind = transformers.AutoModelForImageTextToText if getattr(config, "vision_config", None) else kind
     if args.load_in_4bit or dist.get_rank() == 0:
         source = from_pretrained(kind, base or path, args, **options)
         choose_forward_pass(source.train(trainable))
@@ -836,24 +831,26 @@ def load_model(path: str, args: Arguments, device: torch.device, *, trainable: b
             fail(f"on a CPU, --load_in_4bit needs sizes that are multiples of 64, unlike those of {path}")
     else:  # only rank 0 reads the weights: others would need as much memory. receive_weights distributes them
         with torch.device("meta"):
-            options = {"dtype": base_dtype, "trust_remote_code": args.trust_remote_code}
-            model = kind.from_config(config, **options)
+            model = kind.from_config(config, dtype=base_dtype, trust_remote_code=args.trust_remote_code)
         model.to_empty(device="cpu").tie_weights()  # it takes up memory when something is written there
-        copied = ("forward_pass", "router_loss", "generation_config")
-        for name, value in from_rank_0(source and {name: getattr(source, name) for name in copied}).items():
-            setattr(model, name, value)
-        model.set_attn_implementation(from_rank_0(source and source.config._attn_implementation))
-    model.original_config = original_config  # with its dropout; save_model writes it
-    model.adapted = adapted
-    model.train(trainable).requires_grad_(trainable and not model.adapted)
+        chosen = source and (source.forward_pass, source.generation_config)
+        model.forward_pass, model.generation_config = from_rank_0(chosen)
+        if model.forward_pass == "packed":
+            model.set_attn_implementation("packed")
+    model.original_config, model.adapted, model.router_loss = original_config, adapted, None
     if trainable and args.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    if model.adapted:
+    if adapted:
         add_adapters(model, base and path, args, trainable)
-    for parameter in model.parameters():
+    model.train(trainable)
+    for name, parameter in model.named_parameters():
         if parameter.is_floating_point():  # weights of 4 bits are not
-            kept = dtype if parameter.requires_grad or updated else compute_dtype
-            parameter.data = parameter.data.to(kept)
+            trained = trainable and (not adapted or "lora_" in name and ".default" in name)
+            parameter.data = parameter.data.to(dtype if trained or updated else compute_dtype)
+            parameter.requires_grad_(trained)
+    if trainable and adapted:
+        count, total = model.num_parameters(only_trainable=True), model.num_parameters()
+        say(f"training {count:,} of {total:,} parameters ({count / total:.2%})")
     # The policy's embedding and head stay gathered until its backward pass. A reference has no such pass.
     model = shard(model, args, device, reshard_after_forward=not trainable)
     if not args.load_in_4bit:
@@ -892,75 +889,67 @@ def adapter_base(path: str, args) -> str | None:
 
 def add_adapters(model, path: str | None, args: Arguments, trainable: bool) -> None:
     """Add to a model the adapter in `path`, or a fresh one; and the adapter that is the reference, if any."""
-    add_adapter(model, "default", path, args)
     # In a method with a reference that is not a model of its own, a policy that started from an adapter is
-    # compared with a copy of that adapter, or with another one. A fresh adapter is switched off instead.
+    # compared with a copy of that adapter, or with another one. A fresh adapter is left out instead.
     has_reference = trainable and hasattr(args, "ref_adapter_name")
     if path and has_reference and not getattr(args, "ref_model_name_or_path", None):
-        add_adapter(model, "reference", policy_path(args, args.ref_adapter_name), args)
-    switch_adapter(model, "default")
+        load_adapter(model, "reference", policy_path(args, args.ref_adapter_name), args)
+    if path:  # after the reference, because the model uses the adapter that was added last
+        load_adapter(model, "default", path, args)
+    else:
+        add_fresh_adapter(model, args)
     if not isinstance(model.get_output_embeddings(), torch.nn.Linear):
         model.forward_pass = "padded"  # ChunkedHead would miss the head's adapter
-    model.train(trainable)
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(trainable and "lora_" in name and ".default" in name)
-    if trainable:
-        trained, total = model.num_parameters(only_trainable=True), model.num_parameters()
-        say(f"training {trained:,} of {total:,} parameters ({trained / total:.2%})")
 
 
-def add_adapter(model, name: str, path: str | None, args: Arguments) -> None:
-    """Add to a model the LoRA adapter (2106.09685) in `path`, or a fresh one, which at first adds only 0."""
+def add_fresh_adapter(model, args: Arguments) -> None:
+    """Add to a model a new LoRA adapter (2106.09685), which at first adds only 0."""
     import peft
 
-    if path is None:
-        targets = args.lora_target_modules
-        known = {name.split(".")[-2] for name, parameter in model.named_parameters() if parameter.ndim == 2}
-        targets = "all-linear" if targets == ["all-linear"] else targets
-        if targets != "all-linear" and (unknown := sorted({*targets} - known)):
-            fail(f"--lora_target_modules {unknown[0]}: this model has {' '.join(sorted(known))}")
-        options = {"r": args.lora_r, "lora_alpha": args.lora_alpha, "lora_dropout": args.lora_dropout}
-        if getattr(model.config, "vision_config", None):  # leave out modules outside of the language model
-            names = {module: name for name, module in model.named_modules()}
-            options["exclude_modules"] = rf"(?!{names[model.get_decoder()]}\.).*"
-        task_type = "SEQ_2_SEQ_LM" if model.config.is_encoder_decoder else "CAUSAL_LM"
-        config = peft.LoraConfig(**options, target_modules=targets, task_type=task_type)
-        config.base_model_name_or_path = model.name_or_path
-        torch.manual_seed(args.seed)  # all processes draw the same initial values
-        peft.inject_adapter_in_model(config, model, name)  # model.add_adapter would ask for the newest peft
-        return
-    with one_line(f"cannot load the adapter {path}"):
-        if not Path(path).is_dir():
-            options = {"revision": revision_of(path, args), "allow_patterns": "adapter_*"}
-            path = huggingface_hub.snapshot_download(path, **options)
-        config = peft.PeftConfig.from_pretrained(path)
+    targets = "all-linear" if args.lora_target_modules == ["all-linear"] else args.lora_target_modules
+    known = {name.split(".")[-2] for name, parameter in model.named_parameters() if parameter.ndim == 2}
+    if targets != "all-linear" and (unknown := sorted({*targets} - known)):
+        fail(f"--lora_target_modules {unknown[0]}: this model has {' '.join(sorted(known))}")
+    options = {"r": args.lora_r, "lora_alpha": args.lora_alpha, "lora_dropout": args.lora_dropout}
+    if getattr(model.config, "vision_config", None):  # leave out modules outside of the language model
+        names = {module: name for name, module in model.named_modules()}
+        options["exclude_modules"] = rf"(?!{names[model.get_decoder()]}\.).*"
+    options["task_type"] = "SEQ_2_SEQ_LM" if model.config.is_encoder_decoder else "CAUSAL_LM"
+    config = peft.LoraConfig(**options, target_modules=targets, base_model_name_or_path=model.name_or_path)
+    torch.manual_seed(args.seed)  # all processes draw the same initial values
+    peft.inject_adapter_in_model(config, model, "default")  # model.add_adapter wants the newest peft
+
+
+def load_adapter(model, name: str, path: str, args: Arguments) -> None:
+    """Add to a model, under a name, the LoRA adapter in `path`."""
+    import peft
+
+    with one_line(f"cannot load the adapter {path}"), warnings.catch_warnings(action="ignore"):
+        where = {"revision": revision_of(path, args)}
+        config = peft.PeftConfig.from_pretrained(path, **where)
         if config.peft_type != "LORA" or config.bias != "none" or config.modules_to_save:
             raise ValueError("it has other weights than LoRA's matrices")
         if os.path.realpath(base := config.base_model_name_or_path) != os.path.realpath(model.name_or_path):
             raise ValueError(f"it belongs to {base}, not to {model.name_or_path}")
         if name == "reference":
             config.lora_dropout = 0.0  # it runs while the policy is in training mode
-        transformers.utils.logging.set_verbosity_error()  # the second adapter's report would miss the first
-        with warnings.catch_warnings(action="ignore"):
-            loaded = model.load_adapter(path, name, peft_config=config)
+        transformers.utils.logging.set_verbosity_error()  # the report on one adapter would miss the other
+        loaded = model.load_adapter(path, name, peft_config=config, download_kwargs=where)
         transformers.utils.logging.set_verbosity_warning()
         if loaded.unexpected_keys or any(f".{name}." in key for key in loaded.missing_keys):
             raise ValueError(f"its weights do not fit {model.name_or_path}")
 
 
-def switch_adapter(model, name: str | None) -> None:
-    """Let the model run with the adapter of this name, or with none."""
-    # peft's own methods would also change which parameters have a gradient, in the middle of a step.
-    for layer in [module for module in model.modules() if hasattr(module, "_disable_adapters")]:
-        layer._active_adapter, layer._disable_adapters = [name or "default"], name is None
-
-
 @contextmanager
 def as_before_training(policy) -> Iterator:
-    """Let the policy run without its adapter, or if it started from an adapter, with a copy of that one."""
-    switch_adapter(policy, "reference" if "reference" in policy.peft_config else None)
+    """Let the policy run with its adapter "reference", or, where it has none of this name, without one."""
+    # peft's own methods would also change which parameters have a gradient, in the middle of a step.
+    layers = [module for module in policy.modules() if hasattr(module, "_active_adapter")]
+    for layer in layers:
+        layer._active_adapter = "reference"
     yield policy
-    switch_adapter(policy, "default")
+    for layer in layers:
+        layer._active_adapter = "default"
 
 
 def load_reference(path: str | None, policy, args: Arguments, device, *, updated: bool = False) -> Callable:
@@ -987,11 +976,10 @@ def shard(model, args: Arguments, device: torch.device, *, reshard_after_forward
 
 
 def adamw(model, args: Arguments) -> torch.optim.AdamW:
-    betas = (args.adam_beta1, args.adam_beta2)
-    options = {"betas": betas, "eps": args.adam_epsilon, "weight_decay": args.weight_decay, "fused": True}
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    options = {"betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon, "fused": True}
     with one_line("AdamW"):
-        parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        return torch.optim.AdamW(parameters, lr=args.learning_rate, **options)
+        return torch.optim.AdamW(trained, args.learning_rate, weight_decay=args.weight_decay, **options)
 
 
 def set_learning_rate(optimizer, step: int, steps: int, args: Arguments) -> float:
@@ -1000,8 +988,7 @@ def set_learning_rate(optimizer, step: int, steps: int, args: Arguments) -> floa
     done = max(0.0, step - warmup) / max(1.0, steps - warmup)
     decay = {"linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2, "constant": 1.0}
     lr = args.learning_rate * min(1.0, (step + 1) / max(1.0, warmup)) * decay[args.lr_scheduler_type]
-    for group in optimizer.param_groups:
-        group["lr"] = lr
+    optimizer.param_groups[0]["lr"] = lr
     return lr
 
 
@@ -1041,20 +1028,19 @@ def generate(model, tokenizer, prompts: list[list[int]], args: Arguments, images
     """One completion for each prompt: token ids that end in EOS, unless max_new_tokens cut them off."""
     was_training, config, eos = model.training, model.generation_config, eos_ids(model, tokenizer)
     pad_id = eos[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    # A fresh configuration: the checkpoint's temperature, top-k and so on must not change the distribution.
+    decoder_prompt, vision = decoder_prompt_of(model.config), getattr(tokenizer, "vision", None)
     sampling |= {"eos_token_id": eos, "pad_token_id": pad_id, "max_new_tokens": args.max_new_tokens}
-    decoder_prompt = decoder_prompt_of(model.config)
     sampling |= {"decoder_start_token_id": decoder_prompt[0]} if decoder_prompt else {}
+    # A fresh configuration: the checkpoint's temperature, top-k and so on must not change the distribution.
     model.generation_config = transformers.GenerationConfig(**sampling)
     model.eval()  # in training mode, gradient checkpointing would switch off the cache of keys and values
     shortest_first = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # so that padding is short
     completions, size = [[] for _ in prompts], args.generation_batch_size
     side = "right" if decoder_prompt else "left"  # left: completions begin in the same column
-    vision = getattr(tokenizer, "vision", None)
     with gathered(model, args) as full:
         for start in range(0, len(prompts), size):
             rows = shortest_first[start : start + size]
-            shown = sum((images[row] for row in rows), []) if images else []
+            shown = [image for row in rows for image in images[row]] if images else []
             blank = [vision.blank_prompt] if vision and not shown else []  # as in collate
             ids, mask = pad([*(prompts[row] for row in rows), *blank], pad_id, side)
             inputs = {"input_ids": ids.to(model.device), "attention_mask": mask.long().to(model.device)}
@@ -1062,12 +1048,12 @@ def generate(model, tokenizer, prompts: list[list[int]], args: Arguments, images
             # If weights are gathered at every token, all processes must generate equally many.
             output = model.generate(**inputs, synced_gpus=not full)
             output = output[:, 1 if decoder_prompt else ids.shape[1] :].tolist()
-            for row, completion in zip(rows, output[: len(rows)], strict=True):
-                completions[row] = completion
+            for row, y in zip(rows, output[: len(rows)], strict=True):
+                end = next((i + 1 for i, token in enumerate(y) if token in eos), len(y))
+                completions[row] = y[:end]
     model.train(was_training)
     model.generation_config = config
-    ends = [next((i + 1 for i, token in enumerate(y) if token in eos), len(y)) for y in completions]
-    return [y[:end] for y, end in zip(completions, ends, strict=True)]
+    return completions
 
 
 def complete(policy, tokenizer, test: Data, args: Arguments, step: int) -> tuple[dict, list[dict]]:
@@ -1082,22 +1068,23 @@ def complete(policy, tokenizer, test: Data, args: Arguments, step: int) -> tuple
     torch.manual_seed(hash((args.seed, step, rank, 1)))  # four numbers: not the seed of a training step
     columns = {"step": [step] * len(rows), "row": rows}
     columns["prompt"] = tokenizer.batch_decode(prompts, skip_special_tokens=True)
+    if "answer" in test.raw.column_names:
+        columns["answer"] = test.raw[rows]["answer"]
     images = [test.vision.read(test.raw[row]) for row in rows] if test.vision else []
     for name, options in (("greedy", {"do_sample": False}), ("sampled", {"do_sample": True, "top_k": 0})):
         answers = generate(policy, tokenizer, prompts, args, images, **options)
         before = [[] for _ in prompts] if test.decoder_prompt else prompts
         columns[name] = decode_answers(tokenizer, before, answers)
-    has_answers = "answer" in test.raw.column_names
-    samples = gather_rows(columns | ({"answer": test.raw[rows]["answer"]} if has_answers else {}))
-    metrics = {"exact_match": "greedy", "exact_match_sampled": "sampled"} if has_answers else {}
-    for metric, name in metrics.items():
-        metrics[metric] = sum(s[name].strip() == str(s["answer"]).strip() for s in samples) / count
+    samples, metrics = gather_rows(columns), {}
+    if "answer" in columns:
+        for metric, name in (("exact_match", "greedy"), ("exact_match_sampled", "sampled")):
+            metrics[metric] = sum(s[name].strip() == str(s["answer"]).strip() for s in samples) / count
     return metrics, samples
 
 
-def decode_answers(tokenizer, prompts: list[list[int]], answers: list[list[int]], **options) -> list[str]:
+def decode_answers(tokenizer, prompts: list, answers: list, *, skip_special_tokens: bool = True) -> list[str]:
     """The texts of answers behind their prompts: decoded alone, some would lose a space they begin with."""
-    options = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False} | options
+    options = {"skip_special_tokens": skip_special_tokens, "clean_up_tokenization_spaces": False}
     before = tokenizer.batch_decode(prompts, **options)
     whole = tokenizer.batch_decode([x + y for x, y in zip(prompts, answers, strict=True)], **options)
     return [text[len(prompt) :] for prompt, text in zip(before, whole, strict=True)]
