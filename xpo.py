@@ -287,7 +287,6 @@ def sample_metrics(samples: Samples, total: int) -> dict[str, Tensor | float]:
 @torch.no_grad()
 def evaluate(policy, reference, decide, tokenizer, test: Data, args: Arguments, log, step: int) -> None:
     """Log how often the policy's answers beat the reference's on test prompts, with completions."""
-    log.start_evaluation()
     metrics, completions = common.complete(policy, tokenizer, test, args, step)
     if not completions:  # there are fewer test prompts than processes, or eval_prompts is 0
         return log.evaluation(step, metrics, completions)

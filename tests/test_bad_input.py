@@ -38,7 +38,7 @@ WRONG = [  # method, flags, what is said
     *((method, "--zzz", "unknown argument --zzz; --help lists all") for method in METHODS),
     *((method, "--model_name_or_path m", "go together") for method in METHODS),
     # Arguments that do not parse.
-    ("dpo", "--lerning_rate 1", "unknown argument --lerning_rate; did you mean --learning_rate?"),
+    ("dpo", "--lerning_rate 1", "unknown argument --lerning_rate; did you mean --learning_rate or"),
     ("cpo", "--beta two", "argument --beta: invalid float value: 'two'"),
     ("cpo", "--max_steps 1.5", "invalid int value: '1.5'"),
     ("alphapo", "--beta", "argument --beta: expected one argument"),
@@ -184,7 +184,7 @@ WRONG = [  # method, flags, what is said
     ("dpo", "--loss_type simpo", "loss_type simpo is in cpo.py"),
     ("dpo", "--loss_type sigmoid orpo", "loss_type orpo is in orpo.py"),
     # LoRA.
-    ("dpo", "--lora_r 8", "--lora_r needs --use_peft"),
+    ("dpo", "--lora_r 8", "--lora_r is for a new adapter: it needs --use_peft"),
     ("cpo", "--use_peft --lora_r 0", "lora_r must be positive, not 0"),
     ("orpo", "--use_peft --lora_dropout 1.5", "lora_dropout must be below 1"),
     ("orpo", "--load_in_4bit", "weights in 4 bits cannot be trained: --load_in_4bit needs --use_peft"),
@@ -200,7 +200,7 @@ WRONG = [  # method, flags, what is said
     (
         "dpo",
         "--model_name_or_path {dir}/adapter --dataset_name d --lora_r 8",
-        "--lora_r cannot change the adapter",
+        "--lora_r is for a new adapter: it needs --use_peft, and a model that is not an adapter",
     ),
     ("cpo", "--model_name_or_path {dir}/lost --dataset_name " + TOY_DATA, "cannot load {dir}/nowhere"),
     (
@@ -217,9 +217,9 @@ WRONG = [  # method, flags, what is said
     ),
     ("alphapo", "--model_name_or_path {dir}/quantized --dataset_name " + TOY_DATA, "are quantized already"),
     ("cpo", "--gamma 1", "did you mean --simpo_gamma?"),
-    ("xpo", "--fp16", "use --bf16"),
-    ("dpo", "--max_prompt_length 512", "see also --truncate_prompt"),
-    ("dpo", "--per_device_batch_size 2", "did you mean --per_device_train_batch_size?"),
+    ("xpo", "--fp16", "did you mean --bf16?"),
+    ("dpo", "--max_prompt_length 512", "did you mean --max_completion_length or --max_length or"),
+    ("dpo", "--per_device_batch_size 2", " or --per_device_train_batch_size or "),
     (
         "dpo",
         "{model} {dir}/columns.jsonl",

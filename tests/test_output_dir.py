@@ -153,7 +153,7 @@ def test_a_run_of_another_version_is_not_resumed(tmp_path):
     run = json.loads((tmp_path / "run.json").read_text())
     assert run.pop("format") == 2
     (tmp_path / "run.json").write_text(json.dumps(run))
-    with pytest.raises(SystemExit, match="^error: .*of another version.*overwrite_output_dir$"):
+    with pytest.raises(SystemExit, match="^error: another run.*format None .now 2.; .*overwrite_output_dir$"):
         common.check_output_dir(args)
     args.overwrite_output_dir = True
     common.check_output_dir(args)
