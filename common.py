@@ -6,7 +6,6 @@ To understand a training step, read the first section: the batch, and log π of 
 from __future__ import annotations
 
 import copy
-import difflib
 import glob
 import hashlib
 import importlib.util
@@ -1143,8 +1142,8 @@ class Log:
     the sum over processes is the mean. After SIGTERM or SIGINT, all_reduce says so at the end of the step.
     """
 
-    def __init__(self, args: Arguments, first_step: int, batches: np.ndarray, train: Data, device):
-        self.args, self.device, (self.steps, self.pairs) = args, device, batches.shape
+    def __init__(self, args: Arguments, first_step: int, batches: np.ndarray, train: Data):
+        self.args, (self.steps, self.pairs) = args, batches.shape
         self.steps_per_epoch = len(train.lengths) // self.pairs
         self.shares, self.signals = {}, []
         self.skipped = 0  # consecutive steps skipped because of a gradient that was not finite
@@ -1178,7 +1177,7 @@ class Log:
         self.skipped = 0 if math.isfinite(metrics["grad_norm"]) else self.skipped + 1
         metrics |= {"skipped": float(self.skipped > 0), "epoch": (step + 1) / self.steps_per_epoch}
         metrics |= {"pairs_per_second": self.pairs / seconds, "tokens_per_second": float(tokens / seconds)}
-        if self.device.type == "cuda":
+        if torch.cuda.is_available():
             metrics["peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
         shown = [f"{title} {metrics[name]:.3g}" for name, title in REPORTED.items() if name in metrics]
         self.bar.set_postfix_str(", ".join(shown[:3]), refresh=False)
@@ -1203,8 +1202,7 @@ class Log:
         greedy = {row["row"]: row["greedy"] for row in rows if row["step"] == 0}
         lines = [f"{f'evaluation after {step} of {self.steps} steps':<40}{'before':>12}{'now':>12}"]
         for name, now in metrics.items():
-            before = first.get(f"eval_{name}")
-            before = math.nan if before is None else before  # it was not finite
+            before = math.nan if (x := first.get(f"eval_{name}")) is None else x  # None: it was not finite
             lines.append(f"    {name:<36}{before:12.4g}{now:12.4g}")
         hidden = {"step", "row", "greedy", "sampled"}
         for sample in samples[len(samples) // 6 :: max(1, len(samples) // 3)][:3]:
@@ -1258,18 +1256,16 @@ MAY_CHANGE = """launch output_dir overwrite_output_dir dataset_num_proc logging_
 WRITTEN = """checkpoints metrics.jsonl completions.jsonl reference_logps_* events.out.* *model*.safetensors
     model.safetensors.index.json adapter_config.json run.json""".split()
 LOCKS = []  # held until the process ends; a notebook, which is one process, may start a run again
-LAUNCH = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None  # the same after a restart by torchrun
-
-
-def describe_run(args: Arguments) -> dict:
-    """What tells one run from another; `format` is that of all files of a run."""
-    return {"format": 2, "script": Path(sys.argv[0]).name, "launch": LAUNCH} | asdict(args)
+# What tells one run from another, besides its arguments. `format` is that of all files of a run; `launch` is
+# the process id of torchrun, and so the same after torchrun has restarted its processes.
+RUN = {"format": 2, "script": Path(sys.argv[0]).name}
+RUN |= {"launch": os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None}
 
 
 def write_run(args: Arguments, *, finished: bool) -> None:
     """Write run.json, which says what runs in output_dir: after a kill it has its old content or the new."""
     file = Path(args.output_dir, "run.json")
-    file.with_suffix(".tmp").write_text(json.dumps({"finished": finished} | describe_run(args), indent=2))
+    file.with_suffix(".tmp").write_text(json.dumps({"finished": finished} | RUN | asdict(args), indent=2))
     file.with_suffix(".tmp").replace(file)
 
 
@@ -1284,10 +1280,9 @@ def check_output_dir(args: Arguments) -> None:
             fail(f"--output_dir is where --{name} is, which would be overwritten")
     if args.overwrite_output_dir or not file.exists():
         return
-    old, new = json.loads(file.read_text()), describe_run(args)
+    old, new = json.loads(file.read_text()), RUN | asdict(args)
     may_change = MAY_CHANGE + ["data_digest"] * (args.data_digest is None)  # before the data are loaded
-    differ = [name for name in new if name not in may_change and old.get(name) != new[name]]
-    if differ:
+    if differ := [name for name in new if name not in may_change and old.get(name) != new[name]]:
         changes = ", ".join(f"{name} {old.get(name)} (now {new[name]})" for name in differ[:3])
         changes += f" and {len(differ) - 3} more" * (len(differ) > 3)
         ways = "choose another --output_dir for this run, or replace that one with --overwrite_output_dir"
@@ -1304,12 +1299,10 @@ def claim_output_dir(args: Arguments) -> None:
         folder = Path(args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
         LOCKS.append(filelock.FileLock(folder / ".lock", is_singleton=True))
-        try:
+        with one_line(f"another run is running in {args.output_dir}"):
             LOCKS[-1].acquire(blocking=False)
-        except filelock.Timeout:
-            fail(f"another run is running in {args.output_dir}")
         old = json.loads((folder / "run.json").read_text()) if (folder / "run.json").exists() else {}
-        is_restart = LAUNCH and old.items() >= describe_run(args).items()
+        is_restart = RUN["launch"] and old.items() >= (RUN | asdict(args)).items()
         if args.overwrite_output_dir and not is_restart:
             for path in [path for name in WRITTEN for path in folder.glob(name)]:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -1326,8 +1319,8 @@ def training_state(policy, optimizer, step: int, method_state: dict) -> dict:
     weights, moments = dsd.get_state_dict(policy, optimizer, options=options)
     if policy.adapted:  # otherwise a head that shares the frozen embedding's weights would be saved as well
         weights = {name: w for name, w in weights.items() if "lora_" in name}
-    own = {"model": weights, "optimizer": moments, "step": step, "world": dist.get_world_size()}
-    return own | method_state
+    state = {"model": weights, "optimizer": moments, "step": step, "world": dist.get_world_size()}
+    return state | method_state
 
 
 def save_checkpoint(args, policy, optimizer, step: int, method_state: dict, *, interrupted: bool) -> None:
@@ -1358,8 +1351,7 @@ def resume(args: Arguments, policy, optimizer, method_state: dict) -> int:
         state = training_state(policy, optimizer, 0, method_state)
         try:
             # Weights that never had a gradient, as in LLaVA's last vision layer, have no moments there.
-            planner = dcp.DefaultLoadPlanner(allow_partial_load=True)
-            dcp.load(state, checkpoint_id=folder, planner=planner)
+            dcp.load(state, checkpoint_id=folder, planner=dcp.DefaultLoadPlanner(allow_partial_load=True))
         except (Exception, dcp.CheckpointException) as error:
             say(f"the checkpoint {folder} cannot be loaded ({first_line(error)}): the one before it is used")
             continue
@@ -1428,6 +1420,9 @@ TOY_MODEL, TOY_DATA = (str(Path(__file__).parent / "tests" / "toy" / name) for n
 TOY = dict(model_name_or_path=TOY_MODEL, dataset_name=TOY_DATA, max_steps=100, max_new_tokens=64)
 TOY |= dict(batch_size=32, per_device_train_batch_size=32, per_device_eval_batch_size=250)
 TOY |= dict(generation_batch_size=250, eval_prompts=500)
+# Numbers that may be 0; others must be positive.
+MAY_BE_ZERO = ["warmup_steps", "weight_decay", "lora_dropout", "eval_prompts", "seed"]
+MAY_BE_ZERO += ["adam_beta1", "adam_beta2", "adam_epsilon"]
 
 
 def arg(default, help: str, **options):
@@ -1505,9 +1500,8 @@ class Arguments:
         world, accumulated = int(os.environ.get("WORLD_SIZE", 1)), self.gradient_accumulation_steps
         if accumulated and self.batch_size:
             raise ValueError("batch_size follows from gradient_accumulation_steps: give one of them")
-        if accumulated:
-            self.batch_size = self.per_device_train_batch_size * accumulated * world
-        self.batch_size = self.batch_size or 64
+        default = self.per_device_train_batch_size * accumulated * world if accumulated else 64
+        self.batch_size = self.batch_size or default
         if self.batch_size % world:
             raise ValueError(f"batch_size {self.batch_size} is not a multiple of the {world} processes")
         if odd := [pair for pair in self.rename_columns if pair.count("=") != 1]:
@@ -1516,14 +1510,11 @@ class Arguments:
             raise ValueError(f"lora_dropout must be below 1, not {self.lora_dropout}")
         if self.load_in_4bit and not self.use_peft:
             raise ValueError("weights in 4 bits cannot be trained: --load_in_4bit needs --use_peft")
-        needed = {"peft": self.use_peft, "bitsandbytes": self.load_in_4bit, self.report_to: True}
-        for package, is_needed in needed.items():
-            if is_needed and package != "none" and importlib.util.find_spec(package) is None:
-                raise ValueError(f"a package is missing: pip install {package}")
+        needed = ["peft"] * self.use_peft + ["bitsandbytes"] * self.load_in_4bit + [self.report_to]
+        if missing := [x for x in needed if x != "none" and importlib.util.find_spec(x) is None]:
+            raise ValueError(f"packages are missing: pip install {' '.join(missing)}")
 
 
-MAY_BE_ZERO = """warmup_steps weight_decay lora_dropout adam_beta1 adam_beta2 adam_epsilon eval_prompts
-    seed""".split()  # other numbers must be positive
 # The first argument of each group in --help; a method's own arguments come before these groups.
 GROUPS = dict(model_name_or_path="model", dataset_name="data", learning_rate="optimization")
 GROUPS |= dict(per_device_train_batch_size="memory", eval_strategy="evaluation", output_dir="output")
@@ -1548,22 +1539,17 @@ def help_text(parser: transformers.HfArgumentParser, toy: dict) -> str:
 def parse(kind: type[Arguments], **toy) -> Arguments:
     """The command line's arguments. With neither model nor dataset given, TOY and `toy` are the defaults."""
     parser = transformers.HfArgumentParser(kind, allow_abbrev=False)
-    parser.error, parser.format_help = fail, partial(help_text, parser, TOY | toy)
-    given, unknown = parser.parse_known_args()
-    if unknown:
-        near = difflib.get_close_matches(unknown[0], [f"--{f.name}" for f in fields(kind) if f.init])
-        hint = f"did you mean {' or '.join(near)}? " if near else ""
-        fail(f"unknown argument {unknown[0]}; {hint}--help lists all")
+    parser.error = lambda message: fail(f"{message}; --help lists all arguments")
+    parser.format_help = partial(help_text, parser, TOY | toy)
+    given = parser.parse_args()
     if bool(given.model_name_or_path) != bool(given.dataset_name):
         fail("--model_name_or_path and --dataset_name go together (with neither, the built-in example runs)")
     if not given.model_name_or_path:
         parser.set_defaults(**TOY | toy | ({"batch_size": None} if given.gradient_accumulation_steps else {}))
     is_adapter = bool(given.model_name_or_path and adapter_base(policy_path(given), given))
     parser.set_defaults(use_peft=is_adapter)
-    try:
+    with one_line("wrong arguments"):
         (args,) = parser.parse_args_into_dataclasses()
-    except ValueError as error:
-        fail(str(error))
     if args.use_peft and not any(text.startswith("--learning_rate") for text in sys.argv):
         # Ten times would be too much for the example's model, of which the adapter is a fifth.
         args.learning_rate *= 10 if given.model_name_or_path else 3

@@ -181,7 +181,7 @@ def main(args: Arguments) -> None:
     common.claim_output_dir(args)
     first_step = common.resume(args, policy, optimizer, {})
 
-    log = common.Log(args, first_step, batches, train, device)
+    log = common.Log(args, first_step, batches, train)
     if test is not None and log.evaluation_due(first_step):
         evaluate(policy, tokenizer, test, args, log, first_step)
     for step in range(first_step, len(batches)):

@@ -173,7 +173,7 @@ def main(args: Arguments) -> None:
         reference = None
         gc.collect()  # the model refers to itself through token_logps: only the collector frees it
 
-    log = common.Log(args, first_step, batches, train, device)
+    log = common.Log(args, first_step, batches, train)
     if test is not None and log.evaluation_due(first_step):
         evaluate(policy, test_reference, tokenizer, test, args, log, first_step, bco_rewards)
     for step in range(first_step, len(batches)):
