@@ -1326,7 +1326,9 @@ def training_state(policy, optimizer, step: int, method_state: dict) -> dict:
 def save_checkpoint(args, policy, optimizer, step: int, method_state: dict, *, interrupted: bool) -> None:
     """Save the state after `step` steps; exit if interrupted. method_state has tensors, or dicts of them."""
     folder = Path(args.output_dir, "checkpoints", f"{step:08d}")
-    with one_line(f"cannot save a checkpoint after step {step}; earlier ones are intact"):
+    # What a write to a full disk says is no help: it is of torch's file format.
+    free = f"{shutil.disk_usage(args.output_dir).free // 2**20} MiB are free"
+    with one_line(f"cannot save a checkpoint after step {step} ({free}); earlier ones are intact"):
         if dist.get_rank() == 0:  # one that could not be loaded may be there
             (folder / ".metadata").unlink(missing_ok=True)
         # Without copying ahead: that would copy the whole state to pinned memory of the host first.
@@ -1403,11 +1405,12 @@ def write_model_card(args: Arguments) -> None:
     path, method = Path(args.output_dir, "README.md"), Path(sys.argv[0]).stem
     if path.exists() and "preference-optimization" not in path.read_text():
         return  # it is not ours
-    names, library = (args.model_name_or_path, args.dataset_name), "peft" if args.use_peft else "transformers"
-    base, data = (name if not Path(name).exists() else None for name in names)  # names that the Hub knows
-    tags = [method, "preference-optimization"]
-    card = huggingface_hub.ModelCardData(base_model=base, datasets=data, library_name=library, tags=tags)
-    text = ["---", card.to_yaml(), "---", f"{names[0]} trained with {method} on {names[1]}.", ""]
+    base, data = args.model_name_or_path, args.dataset_name
+    facts = {"library_name": "peft" if args.use_peft else "transformers"}
+    facts |= {} if Path(base).exists() else {"base_model": base}  # the Hub wants names that it knows
+    facts |= {} if Path(data).exists() else {"datasets": data}
+    card = huggingface_hub.ModelCardData(**facts, tags=[method, "preference-optimization"])
+    text = ["---", card.to_yaml(), "---", f"{base} trained with {method} on {data}.", ""]
     text += [f"    {shlex.join(['python', *sys.argv])}", "", "| held-out metric | value |", "|---|---|"]
     rows = [json.loads(line) for file in Path(args.output_dir).glob("metrics.jsonl") for line in file.open()]
     last = {name: value for row in rows for name, value in row.items() if name.startswith("eval_")}
