@@ -135,7 +135,6 @@ def loss_and_metrics(policy, batch: Batch, args: Arguments) -> tuple[Tensor, dic
 @torch.no_grad()
 def evaluate(policy, tokenizer, test: Data, args: Arguments, log, step: int) -> None:
     """Metrics of the test pairs, all of them as one global batch, and completions of test prompts."""
-    log.start_evaluation()
     policy.eval()  # without the dropout of LoRA
     rows = test.lengths.sum(1).argsort(kind="stable")  # micro-batches of similar length
     for batch in common.micro_batches(test, rows, args.per_device_eval_batch_size, policy.device):
@@ -156,7 +155,7 @@ def main(args: Arguments) -> None:
     common.claim_output_dir(args)
     first_step = common.resume(args, policy, optimizer, {})
 
-    log = common.Log(args, first_step, batches, train, device)
+    log = common.Log(args, first_step, batches, train)
     if test is not None and log.evaluation_due(first_step):
         evaluate(policy, tokenizer, test, args, log, first_step)
     for step in range(first_step, len(batches)):

@@ -6,7 +6,6 @@ To understand a training step, read the first section: the batch, and log π of 
 from __future__ import annotations
 
 import copy
-import difflib
 import glob
 import hashlib
 import importlib.util
@@ -25,12 +24,12 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from types import MethodType, SimpleNamespace
-from typing import Literal, NamedTuple, NoReturn, TextIO, get_origin
+from typing import Literal, NamedTuple, NoReturn, TextIO
 
 import datasets
 import filelock
@@ -1112,8 +1111,8 @@ class Log:
     the sum over processes is the mean. After SIGTERM or SIGINT, all_reduce says so at the end of the step.
     """
 
-    def __init__(self, args: Arguments, first_step: int, batches: np.ndarray, train: Data, device):
-        self.args, self.device, (self.steps, self.pairs) = args, device, batches.shape
+    def __init__(self, args: Arguments, first_step: int, batches: np.ndarray, train: Data):
+        self.args, (self.steps, self.pairs) = args, batches.shape
         self.steps_per_epoch = len(train.lengths) // self.pairs
         self.shares, self.signals = {}, []
         self.skipped = 0  # consecutive steps skipped because of a gradient that was not finite
@@ -1133,14 +1132,12 @@ class Log:
 
     def all_reduce(self) -> tuple[dict[str, float], bool]:
         """(sums of what all processes added since the last call, whether one of them was told to stop)."""
-        shares, self.shares = self.shares | {"interrupted": torch.tensor(len(self.signals)).double()}, {}
-        names = [None] * dist.get_world_size()
-        dist.all_gather_object(names, [*shares])
-        if odd := [other for other in names if other != names[0]]:
-            fail(f"processes log different metrics: {', '.join(names[0])} and {', '.join(odd[0])}")
-        sums = torch.stack([value.to(self.device) for value in shares.values()])
-        dist.all_reduce(sums)
-        metrics = dict(zip(shares, sums.tolist(), strict=True))
+        shares = {name: float(value) for name, value in self.shares.items()}
+        self.shares, everyones = {}, [None] * dist.get_world_size()
+        dist.all_gather_object(everyones, shares | {"interrupted": len(self.signals)})
+        if odd := [other for other in everyones if [*other] != [*everyones[0]]]:
+            fail(f"processes log different metrics: {', '.join(everyones[0])} and {', '.join(odd[0])}")
+        metrics = {name: sum(other[name] for other in everyones) for name in everyones[0]}
         return metrics, metrics.pop("interrupted") > 0
 
     def step(self, step: int, metrics: dict[str, float], tokens: int) -> None:
@@ -1149,51 +1146,42 @@ class Log:
         self.skipped = 0 if math.isfinite(metrics["grad_norm"]) else self.skipped + 1
         metrics |= {"skipped": float(self.skipped > 0), "epoch": (step + 1) / self.steps_per_epoch}
         metrics |= {"pairs_per_second": self.pairs / seconds, "tokens_per_second": float(tokens / seconds)}
-        if self.device.type == "cuda":
+        if torch.cuda.is_available():
             metrics["peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
         shown = [f"{title} {metrics[name]:.3g}" for name, title in REPORTED.items() if name in metrics]
         self.bar.set_postfix_str(", ".join(shown[:3]), refresh=False)
         self.bar.update()
-        report = (step + 1) % self.args.logging_steps == 0 or step + 1 == self.steps
-        if report:
+        if (step + 1) % self.args.logging_steps == 0 or step + 1 == self.steps:
             say(f"step {step + 1}/{self.steps}  {'  '.join(shown)}")
-        self.write(step + 1, metrics, report)
+        self.write(step + 1, metrics)
         if self.skipped == 3:
             fail(f"the gradient was not finite in three steps up to {step + 1}; the checkpoints are intact")
 
     def evaluation_due(self, step: int) -> bool:
         return step % (self.args.eval_steps or self.steps) == 0 or step == self.steps
 
-    def start_evaluation(self) -> None:
-        self.bar.set_description("evaluation")
-
     def evaluation(self, step: int, metrics: dict[str, float], samples: list[dict]) -> None:
         """Write metrics of the test split and completions of test prompts; show what training changed."""
-        self.write(step, {f"eval_{name}": value for name, value in metrics.items()}, True, samples)
-        if self.is_main:
-            first = json.loads(Path(self.metrics.name).open().readline())  # the evaluation before training
-            rows = map(json.loads, Path(self.completions.name).open())
-            greedy = {row["row"]: row["greedy"] for row in rows if row["step"] == 0}
-            sides = ["before", "now"] if step else ["before"]
-            lines = [f"evaluation after {step} of {self.steps} steps".ljust(40)]
-            lines[0] += "".join(f"{side:>12}" for side in sides)
-            for name, value in metrics.items():
-                values = [first.get(f"eval_{name}"), value][: len(sides)]
-                numbers = [math.nan if x is None else x for x in values]  # not finite, or not measured
-                lines.append(f"    {name:<36}" + "".join(f"{x:12.4g}" for x in numbers))
-            for sample in samples[len(samples) // 6 :: max(1, len(samples) // 3)][:3]:
-                texts = sample | {"before": greedy.get(sample["row"]), "now": sample["greedy"]}
-                hidden = {"step", "row", "prompt", "greedy", "sampled"}
-                names = ["prompt", *sides, *(name for name in sample if name not in hidden)]
-                lines += ["", *(f"    {name:<10}{SHORT.repr(texts[name])}" for name in names)]
-            say("\n".join(lines))
-            pause = time.perf_counter() - self.time  # the bar's clock and estimate are of steps alone
-            self.bar.start_t, self.bar.last_print_t = self.bar.start_t + pause, self.bar.last_print_t + pause
-            self.bar.set_description("")
-        self.time = time.perf_counter()
+        self.write(step, {f"eval_{name}": value for name, value in metrics.items()}, samples)
+        self.time = time.perf_counter()  # the speed of the next step does not count the evaluation
+        if not self.is_main:
+            return
+        first = json.loads(Path(self.metrics.name).open().readline())  # the evaluation before training
+        rows = map(json.loads, Path(self.completions.name).open())
+        greedy = {row["row"]: row["greedy"] for row in rows if row["step"] == 0}
+        lines = [f"{f'evaluation after {step} of {self.steps} steps':<40}{'before':>12}{'now':>12}"]
+        for name, now in metrics.items():
+            before = math.nan if (x := first.get(f"eval_{name}")) is None else x  # None: it was not finite
+            lines.append(f"    {name:<36}{before:12.4g}{now:12.4g}")
+        hidden = {"step", "row", "greedy", "sampled"}
+        for sample in samples[len(samples) // 6 :: max(1, len(samples) // 3)][:3]:
+            texts = {"prompt": sample["prompt"], "before": greedy.get(sample["row"]), "now": sample["greedy"]}
+            texts |= {name: text for name, text in sample.items() if name not in hidden}
+            lines += ["", *(f"    {name:<10}{SHORT.repr(text)}" for name, text in texts.items())]
+        say("\n".join(lines))
 
-    def write(self, step: int, metrics: dict[str, float], report: bool, samples: list[dict] = ()) -> None:
-        if report and self.tracker:
+    def write(self, step: int, metrics: dict[str, float], samples: list[dict] = ()) -> None:
+        if self.tracker:
             self.tracker.log(metrics, step=step)
         if self.is_main:
             strict = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
@@ -1208,18 +1196,13 @@ class Log:
 
 
 def reopen(path: Path, first_step: int) -> TextIO:
-    """Open a file of JSON lines to append to, after removing those that a resumed run will write again."""
+    """Open a file of JSON lines to append to, after cutting off those that a resumed run will write again."""
     lines = path.read_text().split("\n")[:-1] if path.exists() else []  # a line without an end is torn
     # A step's own line is written before its checkpoint, an evaluation of that step after it.
-    kept = [row for row in map(json.loads, lines) if row["step"] < first_step + ("loss" in row)]
-    replace_text(path, "".join(json.dumps(row) + "\n" for row in kept))
-    return path.open("a", buffering=1)
-
-
-def replace_text(path: Path, text: str) -> None:
-    """Write a file by an atomic rename: a killed process leaves its old content or the new."""
-    path.with_suffix(".tmp").write_text(text)
-    path.with_suffix(".tmp").replace(path)
+    kept = sum(row["step"] < first_step + ("loss" in row) for row in map(json.loads, lines))
+    file = path.open("a", buffering=1)
+    file.truncate(sum(len(line) + 1 for line in lines[:kept]))  # json.dumps writes ASCII
+    return file
 
 
 def open_tracker(args: Arguments):
@@ -1234,21 +1217,25 @@ def open_tracker(args: Arguments):
 
 
 # ------------------------------------------------------------------------------------------------ checkpoints
-# Flags that may differ on resume; batch sizes change rounding, and so perhaps what is sampled.
-MAY_CHANGE = """output_dir overwrite_output_dir dataset_num_proc logging_steps report_to run_name
+# What may differ on resume; batch sizes change rounding, and so perhaps what is sampled.
+MAY_CHANGE = """launch output_dir overwrite_output_dir dataset_num_proc logging_steps report_to run_name
     per_device_train_batch_size per_device_eval_batch_size generation_batch_size gradient_accumulation_steps
     gradient_checkpointing save_steps save_total_limit push_to_hub hub_model_id traceback""".split()
 # What overwrite_output_dir deletes; run.json last, because it tells that the rest belongs to a run.
 WRITTEN = """checkpoints metrics.jsonl completions.jsonl reference_logps_* events.out.* *model*.safetensors
     model.safetensors.index.json adapter_config.json run.json""".split()
 LOCKS = []  # held until the process ends; a notebook, which is one process, may start a run again
-LAUNCH = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None  # the same after a restart by torchrun
+# What tells one run from another, besides its arguments. `format` is that of all files of a run; `launch` is
+# the process id of torchrun, and so the same after torchrun has restarted its processes.
+RUN = {"format": 2, "script": Path(sys.argv[0]).name}
+RUN |= {"launch": os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None}
 
 
 def write_run(args: Arguments, *, finished: bool) -> None:
-    """Write run.json, which says what runs in output_dir. `format` is that of all files of a run."""
-    run = {"format": 2, "finished": finished, "launch": LAUNCH, "script": Path(sys.argv[0]).name}
-    replace_text(Path(args.output_dir, "run.json"), json.dumps(run | asdict(args), indent=2))
+    """Write run.json, which says what runs in output_dir: after a kill it has its old content or the new."""
+    file = Path(args.output_dir, "run.json")
+    file.with_suffix(".tmp").write_text(json.dumps({"finished": finished} | RUN | asdict(args), indent=2))
+    file.with_suffix(".tmp").replace(file)
 
 
 def check_output_dir(args: Arguments) -> None:
@@ -1262,12 +1249,11 @@ def check_output_dir(args: Arguments) -> None:
             fail(f"--output_dir is where --{name} is, which would be overwritten")
     if args.overwrite_output_dir or not file.exists():
         return
-    old, new = json.loads(file.read_text()), {"script": Path(sys.argv[0]).name} | asdict(args)
+    old, new = json.loads(file.read_text()), RUN | asdict(args)
     may_change = MAY_CHANGE + ["data_digest"] * (args.data_digest is None)  # before the data are loaded
-    differ = [name for name in new if name not in may_change and old.get(name) != new[name]]
-    changes = ", ".join(f"{name} {old.get(name)} (now {new[name]})" for name in differ[:3])
-    changes += f" and {len(differ) - 3} more" * (len(differ) > 3)
-    if changes := "one of another version of this program" if old.get("format") != 2 else changes:
+    if differ := [name for name in new if name not in may_change and old.get(name) != new[name]]:
+        changes = ", ".join(f"{name} {old.get(name)} (now {new[name]})" for name in differ[:3])
+        changes += f" and {len(differ) - 3} more" * (len(differ) > 3)
         ways = "choose another --output_dir for this run, or replace that one with --overwrite_output_dir"
         fail(f"another run is in {args.output_dir}: {changes}; {ways}")
     if old["finished"]:
@@ -1278,19 +1264,14 @@ def check_output_dir(args: Arguments) -> None:
 def claim_output_dir(args: Arguments) -> None:
     """Begin or resume a run in output_dir, and lock it against other programs until this one ends."""
     check_output_dir(args)  # again, because now the data are known
-    folder, is_free = Path(args.output_dir), True
-    if dist.get_rank() == 0:
+    if dist.get_rank() == 0:  # the others wait for it when they look for checkpoints
+        folder = Path(args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
-        try:
-            LOCKS.append(filelock.FileLock(folder / ".lock", is_singleton=True))
+        LOCKS.append(filelock.FileLock(folder / ".lock", is_singleton=True))
+        with one_line(f"another run is running in {args.output_dir}"):
             LOCKS[-1].acquire(blocking=False)
-        except filelock.Timeout:
-            is_free = False
-    if not from_rank_0(is_free):
-        fail(f"another run is running in {args.output_dir}")
-    if dist.get_rank() == 0:
         old = json.loads((folder / "run.json").read_text()) if (folder / "run.json").exists() else {}
-        is_restart = LAUNCH and old.items() >= ({"launch": LAUNCH} | asdict(args)).items()
+        is_restart = RUN["launch"] and old.items() >= (RUN | asdict(args)).items()
         if args.overwrite_output_dir and not is_restart:
             for path in [path for name in WRITTEN for path in folder.glob(name)]:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -1307,13 +1288,14 @@ def training_state(policy, optimizer, step: int, method_state: dict) -> dict:
     weights, moments = dsd.get_state_dict(policy, optimizer, options=options)
     if policy.adapted:  # otherwise a head that shares the frozen embedding's weights would be saved as well
         weights = {name: w for name, w in weights.items() if "lora_" in name}
-    own = {"model": weights, "optimizer": moments, "step": step, "world": dist.get_world_size()}
-    return own | method_state
+    state = {"model": weights, "optimizer": moments, "step": step, "world": dist.get_world_size()}
+    return state | method_state
 
 
 def save_checkpoint(args, policy, optimizer, step: int, method_state: dict, *, interrupted: bool) -> None:
     """Save the state after `step` steps; exit if interrupted. method_state has tensors, or dicts of them."""
     folder = Path(args.output_dir, "checkpoints", f"{step:08d}")
+    # What a write to a full disk says is no help: it is of torch's file format.
     free = f"{shutil.disk_usage(args.output_dir).free // 2**20} MiB are free"
     with one_line(f"cannot save a checkpoint after step {step} ({free}); earlier ones are intact"):
         if dist.get_rank() == 0:  # one that could not be loaded may be there
@@ -1340,8 +1322,7 @@ def resume(args: Arguments, policy, optimizer, method_state: dict) -> int:
         state = training_state(policy, optimizer, 0, method_state)
         try:
             # Weights that never had a gradient, as in LLaVA's last vision layer, have no moments there.
-            planner = dcp.DefaultLoadPlanner(allow_partial_load=True)
-            dcp.load(state, checkpoint_id=folder, planner=planner)
+            dcp.load(state, checkpoint_id=folder, planner=dcp.DefaultLoadPlanner(allow_partial_load=True))
         except (Exception, dcp.CheckpointException) as error:
             say(f"the checkpoint {folder} cannot be loaded ({first_line(error)}): the one before it is used")
             continue
@@ -1354,11 +1335,6 @@ def resume(args: Arguments, policy, optimizer, method_state: dict) -> int:
     if checkpoints:  # a load that failed may have changed some weights
         fail(f"no checkpoint in {args.output_dir} can be loaded; --overwrite_output_dir starts anew")
     return 0
-
-
-FINISHED = """finished: DIR has the model, metrics.jsonl, and samples in completions.jsonl
-    plot: python tests/bench/plot.py DIR
-    chat: python tests/bench/chat.py DIR"""
 
 
 def save_model(args: Arguments, policy, tokenizer) -> None:
@@ -1387,7 +1363,9 @@ def save_model(args: Arguments, policy, tokenizer) -> None:
             ignored = ["checkpoints/*", "*.npy", "completions.jsonl", "run.json", "events.out.*"]
             hub.upload_folder(repo_id=name, folder_path=args.output_dir, ignore_patterns=ignored)
         write_run(args, finished=True)
-        say(FINISHED.replace("DIR", args.output_dir))
+        say(f"finished: {args.output_dir} has the model, metrics.jsonl, and samples in completions.jsonl")
+        for tool in ("plot", "chat"):
+            say(f"    {tool}: python tests/bench/{tool}.py {args.output_dir}")
     dist.barrier()
 
 
@@ -1396,19 +1374,16 @@ def write_model_card(args: Arguments) -> None:
     path, method = Path(args.output_dir, "README.md"), Path(sys.argv[0]).stem
     if path.exists() and "preference-optimization" not in path.read_text():
         return  # it is not ours
-    facts = {"library_name": "peft" if args.use_peft else "transformers", "pipeline_tag": "text-generation"}
     base, data = args.model_name_or_path, args.dataset_name
+    facts = {"library_name": "peft" if args.use_peft else "transformers"}
     facts |= {} if Path(base).exists() else {"base_model": base}  # the Hub wants names that it knows
-    facts |= {} if Path(data).exists() else {"datasets": [data]}
+    facts |= {} if Path(data).exists() else {"datasets": data}
     card = huggingface_hub.ModelCardData(**facts, tags=[method, "preference-optimization"])
-    files = Path(args.output_dir).glob("metrics.jsonl")
-    metrics = [json.loads(line) for file in files for line in file.open()]
-    held_out = [row for row in metrics if any(name.startswith("eval_") for name in row)][-1:]
-    command = shlex.join(["python", *sys.argv])
-    text = [f"{base} trained with {method} on {data}.", "", f"    {command}", ""]
-    text += ["| held-out metric | value |", "|---|---|"] if held_out else []
-    text += [f"| {name} | {value} |" for row in held_out for name, value in row.items() if name != "step"]
-    path.write_text("\n".join(["---", card.to_yaml(), "---", "", *text, ""]))
+    text = ["---", card.to_yaml(), "---", f"{base} trained with {method} on {data}.", ""]
+    text += [f"    {shlex.join(['python', *sys.argv])}", "", "| held-out metric | value |", "|---|---|"]
+    rows = [json.loads(line) for file in Path(args.output_dir).glob("metrics.jsonl") for line in file.open()]
+    last = {name: value for row in rows for name, value in row.items() if name.startswith("eval_")}
+    path.write_text("\n".join([*text, *(f"| {name} | {value} |" for name, value in last.items()), ""]))
 
 
 # -------------------------------------------------------------------------------------------------- arguments
@@ -1417,6 +1392,9 @@ TOY_MODEL, TOY_DATA = (str(Path(__file__).parent / "tests" / "toy" / name) for n
 TOY = dict(model_name_or_path=TOY_MODEL, dataset_name=TOY_DATA, max_steps=100, max_new_tokens=64)
 TOY |= dict(batch_size=32, per_device_train_batch_size=32, per_device_eval_batch_size=250)
 TOY |= dict(generation_batch_size=250, eval_prompts=500)
+# Numbers that may be 0; others must be positive.
+MAY_BE_ZERO = ["warmup_steps", "weight_decay", "lora_dropout", "eval_prompts", "seed"]
+MAY_BE_ZERO += ["adam_beta1", "adam_beta2", "adam_epsilon"]
 
 
 def arg(default, help: str, **options):
@@ -1487,53 +1465,44 @@ class Arguments:
     data_digest: str | None = field(default=None, init=False)  # not a flag: load_data fills it in
 
     def __post_init__(self):
-        world = int(os.environ.get("WORLD_SIZE", 1))
-        if self.gradient_accumulation_steps and self.batch_size:
-            raise ValueError("batch_size follows from gradient_accumulation_steps: give one of them")
-        if self.gradient_accumulation_steps:
-            self.batch_size = self.per_device_train_batch_size * self.gradient_accumulation_steps * world
-        self.batch_size = 64 if self.batch_size is None else self.batch_size
-        may_be_zero = "warmup_steps weight_decay adam_beta1 adam_beta2 adam_epsilon eval_prompts seed"
-        may_be_zero = [*may_be_zero.split(), "lora_dropout"]
         for name in [f.name for f in fields(Arguments) if f.name != "max_steps"]:
-            value = getattr(self, name)
-            is_positive = 0 < value < math.inf if type(value) in (int, float) else True
-            if not is_positive and not (value == 0 and name in may_be_zero):
-                raise ValueError(f"{name} must be positive{' or 0' * (name in may_be_zero)}, not {value}")
+            value, zero = getattr(self, name), " or 0" if name in MAY_BE_ZERO else ""
+            if type(value) in (int, float) and not (0 < value < math.inf or (zero and value == 0)):
+                raise ValueError(f"{name} must be positive{zero}, not {value}")
+        world, accumulated = int(os.environ.get("WORLD_SIZE", 1)), self.gradient_accumulation_steps
+        if accumulated and self.batch_size:
+            raise ValueError("batch_size follows from gradient_accumulation_steps: give one of them")
+        default = self.per_device_train_batch_size * accumulated * world if accumulated else 64
+        self.batch_size = self.batch_size or default
         if self.batch_size % world:
             raise ValueError(f"batch_size {self.batch_size} is not a multiple of the {world} processes")
         if odd := [pair for pair in self.rename_columns if pair.count("=") != 1]:
             raise ValueError(f"rename_columns takes pairs such as question=prompt, not {odd[0]}")
         if self.lora_dropout >= 1:
             raise ValueError(f"lora_dropout must be below 1, not {self.lora_dropout}")
-        needed = {"peft": self.use_peft, "bitsandbytes": self.load_in_4bit}
-        for package in [name for name, is_needed in needed.items() if is_needed] + [self.report_to]:
-            if package != "none" and importlib.util.find_spec(package) is None:
-                raise ValueError(f"a package is missing: pip install {package}")
+        if self.load_in_4bit and not self.use_peft:
+            raise ValueError("weights in 4 bits cannot be trained: --load_in_4bit needs --use_peft")
+        needed = ["peft"] * self.use_peft + ["bitsandbytes"] * self.load_in_4bit + [self.report_to]
+        if missing := [x for x in needed if x != "none" and importlib.util.find_spec(x) is None]:
+            raise ValueError(f"packages are missing: pip install {' '.join(missing)}")
 
 
 # The first argument of each group in --help; a method's own arguments come before these groups.
 GROUPS = dict(model_name_or_path="model", dataset_name="data", learning_rate="optimization")
 GROUPS |= dict(per_device_train_batch_size="memory", eval_strategy="evaluation", output_dir="output")
-MISTAKES = {
-    "--fp16": "use --bf16: float16 would need its loss scaled",
-    "--lr": "use --learning_rate",
-    "--max_prompt_length": "--max_length is of prompt and completion; see also --truncate_prompt",
-    "--per_device_batch_size": "did you mean --per_device_train_batch_size?",
-}
 
 
-def help_text(kind: type[Arguments], toy: dict) -> str:
+def help_text(parser: transformers.HfArgumentParser, toy: dict) -> str:
     """What --help prints: the method's own arguments, then the groups of those that all methods have."""
-    shared, method = len(fields(Arguments)), Path(sys.argv[0]).stem
+    method, shared = Path(sys.argv[0]).stem, [f.name for f in fields(Arguments)]
     lines = [f"{method}.py --model_name_or_path ... --dataset_name ... [--argument value ...]", "", method]
-    for f in [*fields(kind)[shared:], *fields(kind)[: shared - 1]]:
-        lines += ["", GROUPS[f.name]] if f.name in GROUPS else []
-        value, text = f.default_factory() if f.default is MISSING else f.default, f.metadata["help"]
-        text += f": {', '.join(f.type.__args__)}" if get_origin(f.type) is Literal else ""
-        value = " ".join(map(str, value)) if isinstance(value, list) else value
-        shown = "" if "[" in text or value is None or value is False else f" [{value}]"
-        lines.append(f"  --{f.name:<28} {text}{shown}")
+    actions = parser._actions[1:]  # all but --help
+    for action in sorted(actions, key=lambda action: action.dest in shared):
+        lines += ["", GROUPS[action.dest]] if action.dest in GROUPS else []
+        value = action.default if not isinstance(action.default, list) else " ".join(map(str, action.default))
+        text = action.help + (f": {', '.join(action.choices)}" if action.choices else "")
+        default = "" if "[" in text or value is None or value is False else f" [{value}]"
+        lines.append(f"  --{action.dest:<28} {text}{default}")
     settings = ", ".join(f"{name} {value}" for name, value in toy.items() if "name" not in name)
     lines += ["", f"With neither model nor dataset, the built-in example runs: {settings}", ""]
     return "\n".join(lines)
@@ -1542,33 +1511,25 @@ def help_text(kind: type[Arguments], toy: dict) -> str:
 def parse(kind: type[Arguments], **toy) -> Arguments:
     """The command line's arguments. With neither model nor dataset given, TOY and `toy` are the defaults."""
     parser = transformers.HfArgumentParser(kind, allow_abbrev=False)
-    parser.error, parser.format_help = fail, partial(help_text, kind, TOY | toy)
-    given, unknown = parser.parse_known_args()
-    if unknown:
-        near = difflib.get_close_matches(unknown[0], [f"--{f.name}" for f in fields(kind)], 1)
-        hint = f"did you mean {near[0]}?" if near else "--help lists all"
-        fail(f"unknown argument {unknown[0]}; {MISTAKES.get(unknown[0], hint)}")
+    parser.error = lambda message: fail(f"{message}; --help lists all arguments")
+    parser.format_help = partial(help_text, parser, TOY | toy)
+    given = parser.parse_args()
     if bool(given.model_name_or_path) != bool(given.dataset_name):
         fail("--model_name_or_path and --dataset_name go together (with neither, the built-in example runs)")
     if not given.model_name_or_path:
         parser.set_defaults(**TOY | toy | ({"batch_size": None} if given.gradient_accumulation_steps else {}))
     is_adapter = bool(given.model_name_or_path and adapter_base(policy_path(given), given))
     parser.set_defaults(use_peft=is_adapter)
-    try:
+    with one_line("wrong arguments"):
         (args,) = parser.parse_args_into_dataclasses()
-    except ValueError as error:
-        fail(str(error))
     if args.use_peft and not any(text.startswith("--learning_rate") for text in sys.argv):
         # Ten times would be too much for the example's model, of which the adapter is a fifth.
         args.learning_rate *= 10 if given.model_name_or_path else 3
-    if args.load_in_4bit and not args.use_peft:
-        fail("weights in 4 bits cannot be trained: --load_in_4bit needs --use_peft")
     if getattr(args, "ref_adapter_name", None) and not is_adapter:
         fail(f"--ref_adapter_name is for adapters, and {policy_path(args)} is none; see --model_adapter_name")
     lora_flags = [flag for flag in sys.argv if flag.startswith("--lora_")]
     if lora_flags and (is_adapter or not args.use_peft):
-        why = f"cannot change the adapter {policy_path(args)}" if is_adapter else "needs --use_peft"
-        fail(f"{lora_flags[0]} {why}")
+        fail(f"{lora_flags[0]} is for a new adapter: it needs --use_peft, and a model that is not an adapter")
     name = Path(given.model_name_or_path or "toy").resolve().name
     args.output_dir = args.output_dir or f"output/{name}-{Path(sys.argv[0]).stem}"
     return args

@@ -137,7 +137,6 @@ def frozen_logps(reference, args: Arguments, batch: Batch) -> Tensor:
 def evaluate(policy, reference_logps, tokenizer, test: Data, args, log, step: int, bco_rewards) -> None:
     """Metrics of the test pairs, all of them as one global batch, and completions of test prompts."""
     # Here aot sorts what all processes hold at a time: its value depends on per_device_eval_batch_size.
-    log.start_evaluation()
     policy.eval()  # without the dropout of LoRA
     rows = test.lengths.sum(1).argsort(kind="stable")  # micro-batches of similar length
     for batch in common.micro_batches(test, rows, args.per_device_eval_batch_size, policy.device):
@@ -174,7 +173,7 @@ def main(args: Arguments) -> None:
         reference = None
         gc.collect()  # the model refers to itself through token_logps: only the collector frees it
 
-    log = common.Log(args, first_step, batches, train, device)
+    log = common.Log(args, first_step, batches, train)
     if test is not None and log.evaluation_due(first_step):
         evaluate(policy, test_reference, tokenizer, test, args, log, first_step, bco_rewards)
     for step in range(first_step, len(batches)):

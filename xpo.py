@@ -286,7 +286,6 @@ def sample_metrics(samples: Samples, total: int) -> dict[str, Tensor | float]:
 @torch.no_grad()
 def evaluate(policy, reference, decide, tokenizer, test: Data, args: Arguments, log, step: int) -> None:
     """Log how often the policy's answers beat the reference's on test prompts, with completions."""
-    log.start_evaluation()
     metrics, completions = common.complete(policy, tokenizer, test, args, step)
     if not completions:  # there are fewer test prompts than processes, or eval_prompts is 0
         return log.evaluation(step, metrics, completions)
@@ -326,7 +325,7 @@ def main(args: Arguments) -> None:
     common.claim_output_dir(args)
     first_step = common.resume(args, policy, optimizer, method_state)
 
-    log = common.Log(args, first_step, batches, train, device)
+    log = common.Log(args, first_step, batches, train)
     if test is not None and log.evaluation_due(first_step):
         evaluate(policy, reference, decide, tokenizer, test, args, log, first_step)
     for step in range(first_step, len(batches)):

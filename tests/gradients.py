@@ -55,7 +55,7 @@ for method in METHODS:  # one that is not in the table has one case, if its step
 
 
 def step(script, args, policy, reference, pairs, micro_batch: int) -> tuple[dict, torch.Tensor]:
-    log = SimpleNamespace(args=args, device=policy.device, shares={}, signals=[])
+    log = SimpleNamespace(shares={}, signals=[])
     pairs = pairs._replace(score_prompts=args.method == "orpo" and not args.no_prompt_loss)
     for batch in common.micro_batches(pairs, np.arange(len(pairs.lengths)), micro_batch, policy.device):
         if args.method == "dpo":

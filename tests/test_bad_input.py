@@ -35,10 +35,10 @@ def other(messages: list[dict]) -> list[dict]:
 
 WRONG = [  # method, flags, what is said
     *((method, "--batch_size -8", "batch_size must be positive, not -8") for method in METHODS),
-    *((method, "--zzz", "unknown argument --zzz; --help lists all") for method in METHODS),
+    *((method, "--zzz", "unrecognized arguments: --zzz; --help lists all") for method in METHODS),
     *((method, "--model_name_or_path m", "go together") for method in METHODS),
     # Arguments that do not parse.
-    ("dpo", "--lerning_rate 1", "unknown argument --lerning_rate; did you mean --learning_rate?"),
+    ("dpo", "--lerning_rate 1", "unrecognized arguments: --lerning_rate 1; --help"),
     ("cpo", "--beta two", "argument --beta: invalid float value: 'two'"),
     ("cpo", "--max_steps 1.5", "invalid int value: '1.5'"),
     ("alphapo", "--beta", "argument --beta: expected one argument"),
@@ -192,7 +192,7 @@ WRONG = [  # method, flags, what is said
     ("dpo", "--loss_type simpo", "loss_type simpo is in cpo.py"),
     ("dpo", "--loss_type sigmoid orpo", "loss_type orpo is in orpo.py"),
     # LoRA.
-    ("dpo", "--lora_r 8", "--lora_r needs --use_peft"),
+    ("dpo", "--lora_r 8", "--lora_r is for a new adapter: it needs --use_peft"),
     ("cpo", "--use_peft --lora_r 0", "lora_r must be positive, not 0"),
     ("orpo", "--use_peft --lora_dropout 1.5", "lora_dropout must be below 1"),
     ("orpo", "--load_in_4bit", "weights in 4 bits cannot be trained: --load_in_4bit needs --use_peft"),
@@ -208,7 +208,7 @@ WRONG = [  # method, flags, what is said
     (
         "dpo",
         "--model_name_or_path {dir}/adapter --dataset_name d --lora_r 8",
-        "--lora_r cannot change the adapter",
+        "--lora_r is for a new adapter: it needs --use_peft, and a model that is not an adapter",
     ),
     ("cpo", "--model_name_or_path {dir}/lost --dataset_name " + TOY_DATA, "cannot load {dir}/nowhere"),
     (
@@ -224,10 +224,10 @@ WRONG = [  # method, flags, what is said
         "cannot load the adapter {dir}/adapters/b: it belongs to {dir}/another, not to",
     ),
     ("alphapo", "--model_name_or_path {dir}/quantized --dataset_name " + TOY_DATA, "are quantized already"),
-    ("cpo", "--gamma 1", "did you mean --simpo_gamma?"),
-    ("xpo", "--fp16", "use --bf16"),
-    ("dpo", "--max_prompt_length 512", "see also --truncate_prompt"),
-    ("dpo", "--per_device_batch_size 2", "did you mean --per_device_train_batch_size?"),
+    ("cpo", "--gamma 1", "unrecognized arguments: --gamma 1"),
+    ("xpo", "--fp16", "unrecognized arguments: --fp16"),
+    ("dpo", "--max_prompt_length 512", "unrecognized arguments: --max_prompt_length 512"),
+    ("dpo", "--per_device_batch_size 2", "unrecognized arguments: --per_device_batch_size 2"),
     (
         "dpo",
         "{model} {dir}/columns.jsonl",
@@ -398,7 +398,9 @@ def start(*flags: str, **env) -> subprocess.CompletedProcess:
 
 def test_as_a_process():
     result = start("--beta", "0")
-    assert result.returncode == 1 and result.stderr == "error: beta must be positive, not 0.0\n"
+    assert (
+        result.returncode == 1 and result.stderr == "error: wrong arguments: beta must be positive, not 0.0\n"
+    )
     result = start("--beta", "0", "--traceback")
     assert result.returncode == 1 and re.search(
         "Traceback.*in __post_init__.*beta must be", result.stderr, re.DOTALL

@@ -153,7 +153,7 @@ def test_a_run_of_another_version_is_not_resumed(tmp_path):
     run = json.loads((tmp_path / "run.json").read_text())
     assert run.pop("format") == 2
     (tmp_path / "run.json").write_text(json.dumps(run))
-    with pytest.raises(SystemExit, match="^error: .*of another version.*overwrite_output_dir$"):
+    with pytest.raises(SystemExit, match="^error: another run.*format None .now 2.; .*overwrite_output_dir$"):
         common.check_output_dir(args)
     args.overwrite_output_dir = True
     common.check_output_dir(args)
@@ -163,11 +163,11 @@ def test_overwriting_spares_a_run_that_torchrun_restarts_and_no_other(tmp_path, 
     """In a new container, torchrun may have the process id that it had in the last one."""
     args = dpo.Arguments("m", dataset_name="d", output_dir=str(tmp_path), overwrite_output_dir=True)
     for launch, beta, is_kept in ((7, 0.1, True), (8, 0.1, False), (7, 0.2, False)):
-        monkeypatch.setattr(common, "LAUNCH", 7)
+        monkeypatch.setitem(common.RUN, "launch", 7)
         args.beta = 0.1
         common.write_run(args, finished=False)
         (tmp_path / "metrics.jsonl").write_text("")
-        monkeypatch.setattr(common, "LAUNCH", launch)
+        monkeypatch.setitem(common.RUN, "launch", launch)
         args.beta = beta
         common.claim_output_dir(args)
         assert (tmp_path / "metrics.jsonl").exists() == is_kept, (launch, beta)

@@ -168,14 +168,13 @@ def test_a_reference_is_in_the_dtype_of_the_computation_unless_it_is_updated(bf1
 SUMS = """
 import sys
 from types import SimpleNamespace
-import torch
 import torch.distributed as dist
 import common
 
 dist.init_process_group("gloo")
 with open(f"{sys.argv[1]}/{dist.get_rank()}", "w") as file:
     for names in (["a", "b"], ["b", "a"], ["a"], ["a", "c"]):
-        log = SimpleNamespace(shares={}, signals=[], device=torch.device("cpu"))
+        log = SimpleNamespace(shares={}, signals=[])
         for i, name in enumerate(names if dist.get_rank() else ["a", "b"]):
             common.Log.add(log, {name: i + 1.5})
         try:

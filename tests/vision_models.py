@@ -147,7 +147,7 @@ def gradients(folder: Path, out: Path | None = None) -> dict:
         policy = common.load_model(path, args, device, trainable=True)
         train, _ = common.load_data(args, common.load_tokenizer(path, args))
         for size in (6 // world, 2, 1):
-            log = SimpleNamespace(shares={}, signals=[], device=device)
+            log = SimpleNamespace(shares={}, signals=[])
             for batch in common.micro_batches(train, np.arange(6), size, device):
                 reference = lambda batch: torch.tensor(REFERENCE, dtype=torch.float64)[batch.rows]  # noqa: E731
                 loss, metrics = dpo.loss_and_metrics(policy, reference, batch, args, torch.zeros(2))
