@@ -6,6 +6,7 @@ To understand a training step, read the first section: the batch, and log π of 
 from __future__ import annotations
 
 import copy
+import difflib
 import glob
 import hashlib
 import importlib.util
@@ -1513,7 +1514,11 @@ def parse(kind: type[Arguments], **toy) -> Arguments:
     parser = transformers.HfArgumentParser(kind, allow_abbrev=False)
     parser.error = lambda message: fail(f"{message}; --help lists all arguments")
     parser.format_help = partial(help_text, parser, TOY | toy)
-    given = parser.parse_args()
+    given, unknown = parser.parse_known_args()
+    if unknown:
+        near = difflib.get_close_matches(unknown[0], [f"--{f.name}" for f in fields(kind) if f.init], 2, 0.7)
+        hint = f"did you mean {' or '.join(near)}?" if near else "--help lists all"
+        fail(f"unknown argument {unknown[0]}; {hint}")
     if bool(given.model_name_or_path) != bool(given.dataset_name):
         fail("--model_name_or_path and --dataset_name go together (with neither, the built-in example runs)")
     if not given.model_name_or_path:

@@ -35,10 +35,10 @@ def other(messages: list[dict]) -> list[dict]:
 
 WRONG = [  # method, flags, what is said
     *((method, "--batch_size -8", "batch_size must be positive, not -8") for method in METHODS),
-    *((method, "--zzz", "unrecognized arguments: --zzz; --help lists all") for method in METHODS),
+    *((method, "--zzz", "unknown argument --zzz; --help lists all") for method in METHODS),
     *((method, "--model_name_or_path m", "go together") for method in METHODS),
     # Arguments that do not parse.
-    ("dpo", "--lerning_rate 1", "unrecognized arguments: --lerning_rate 1; --help"),
+    ("dpo", "--lerning_rate 1", "unknown argument --lerning_rate; did you mean --learning_rate?"),
     ("cpo", "--beta two", "argument --beta: invalid float value: 'two'"),
     ("cpo", "--max_steps 1.5", "invalid int value: '1.5'"),
     ("alphapo", "--beta", "argument --beta: expected one argument"),
@@ -224,10 +224,10 @@ WRONG = [  # method, flags, what is said
         "cannot load the adapter {dir}/adapters/b: it belongs to {dir}/another, not to",
     ),
     ("alphapo", "--model_name_or_path {dir}/quantized --dataset_name " + TOY_DATA, "are quantized already"),
-    ("cpo", "--gamma 1", "unrecognized arguments: --gamma 1"),
-    ("xpo", "--fp16", "unrecognized arguments: --fp16"),
-    ("dpo", "--max_prompt_length 512", "unrecognized arguments: --max_prompt_length 512"),
-    ("dpo", "--per_device_batch_size 2", "unrecognized arguments: --per_device_batch_size 2"),
+    ("cpo", "--gamma 1", "did you mean --simpo_gamma"),
+    ("xpo", "--fp16", "did you mean --bf16"),
+    ("dpo", "--max_prompt_length 512", " --max_length"),
+    ("dpo", "--per_device_batch_size 2", " --per_device_train_batch_size"),
     (
         "dpo",
         "{model} {dir}/columns.jsonl",
