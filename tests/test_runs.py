@@ -18,9 +18,8 @@ from transformers import AutoTokenizer, LlamaForCausalLM
 import common
 import dpo
 
-SHORT = (
-    "--max_steps 6 --batch_size 8 --eval_prompts 4 --max_new_tokens 8 --eval_steps 3 --save_steps 2".split()
-)
+SHORT = "--max_steps 6 --batch_size 8 --eval_prompts 4 --max_new_tokens 8 --eval_steps 3 --save_steps 2"
+SHORT = [*SHORT.split(), "--dataset_test_split", "validation"]  # which is short as well
 TIMES = ("pairs_per_second", "tokens_per_second", "peak_memory_gib", "generation", "scoring", "time/training")
 
 

@@ -8,6 +8,7 @@ It writes next to itself:
     sft/               a 336k-parameter character-level Llama and its tokenizer, trained on noisy translations
     pairs/train.jsonl  2,000 preference pairs: a perfect translation is chosen over an imperfect one
     pairs/test.jsonl   the same for 500 numbers that neither sft/ nor the training pairs have seen
+    pairs/validation.jsonl   50 of these, for tests that evaluate often
     reward/            the same Llama with a score for a head, for online methods: 1 for perfect texts,
                        0.5 for adequate ones, 0 for wrong ones
 
@@ -239,6 +240,7 @@ def make_sft_and_pairs(tokenizer) -> None:
     for split, numbers in {"train": rng.sample(TRAIN, 2000), "test": HELD_OUT}.items():
         lines = [json.dumps(make_pair(n, rng)) + "\n" for n in numbers]
         (HERE / "pairs" / f"{split}.jsonl").write_text("".join(lines))
+    (HERE / "pairs" / "validation.jsonl").write_text("".join(lines[::10]))
     model = sft(tokenizer)
     tokenizer.save_pretrained(HERE / "sft")
     model.save_pretrained(HERE / "sft")
