@@ -7,6 +7,7 @@ import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -180,13 +181,13 @@ def test_a_directory_that_is_no_pair_rm_is_refused(pair_rm, what):
     message = (
         "cannot load .*'source_prefix_id'"
         if what == "another model"
-        else "is no PairRM: it lacks weights, or"
+        else ".* is no PairRM: it lacks weights, or"
     )
     with pytest.raises(SystemExit, match=f"^error: {message}"):
         load(pair_rm[0])
 
 
-# --------------------------------------------------------------------------------------------------- over HTTP
+# -------------------------------------------------------------------------------------------------- over HTTP
 
 
 class Server:
@@ -259,10 +260,9 @@ def load_server(monkeypatch, url: str, **options):
     judge, pauses = xpo.load_judge(f"{ROOT}/judges/server.py:judge"), []
     module = sys.modules["judge"]
     monkeypatch.setattr(module, "PAUSE", 0.01)
-    sleep = time.sleep
-    monkeypatch.setattr(
-        module.time, "sleep", lambda seconds: [pauses.append(seconds), sleep(min(seconds, 0.05))]
-    )
+    # Not of the module `time` itself, which the server uses.
+    wait = lambda seconds: [pauses.append(seconds), time.sleep(min(seconds, 0.05))]  # noqa: E731
+    monkeypatch.setattr(module, "time", SimpleNamespace(sleep=wait))
     return judge, pauses
 
 
@@ -419,6 +419,18 @@ def test_failures_and_ties_are_counted_and_a_failure_favours_neither_model(monke
     assert {*(win for i, win in enumerate(wins) if i % 4 < 3)} == {True, False}
 
 
+def test_what_a_judge_may_return():
+    texts = [["y"] * 4, ["z"] * 4]
+    for _ in range(5):  # whatever the order
+        found = xpo.judge_pairs(lambda prompts, pairs: [int(a != "y") for a, _ in pairs], ["p"] * 4, texts)
+        assert found.tolist() == [1] * 4
+        found = xpo.judge_pairs(lambda prompts, pairs: [None, -1, None, -1], ["p"] * 4, texts)
+        assert found.isnan().tolist() == [True, False] * 2 and found[1::2].tolist() == [0, 0]
+    for wrong in ([0, 1, -1, 2], [0, 1, None]):
+        with pytest.raises(SystemExit, match="the judge must return 4 times 0, 1, -1 or None, not "):
+            xpo.judge_pairs(lambda prompts, pairs, wrong=wrong: wrong, ["p"] * 4, texts)
+
+
 JUDGE = """
 import json
 from pathlib import Path
@@ -434,7 +446,7 @@ def judge(prompts, pairs):
 
 
 def test_a_resumed_run_asks_the_same_again_and_only_for_what_was_lost(monkeypatch, tmp_path):
-    """It is asked before training, in steps 1 to 4, and after training; it dies in step 4, and 2 were saved."""
+    """It is asked before training, in steps 1 to 4, and after training. It dies in step 4; 2 were saved."""
     (tmp_path / "judge.py").write_text(JUDGE)
     asked, flags = tmp_path / "asked.jsonl", ["--judge", f"{tmp_path}/judge.py:judge"]
     train(monkeypatch, tmp_path / "a", *flags)
