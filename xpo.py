@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
+import re
 import sys
 import time
 from collections.abc import Callable
@@ -36,8 +37,9 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers.models.deberta_v2.modeling_deberta_v2 import DebertaV2Model, DebertaV2PreTrainedModel
 
 import common
 from common import TOY_MODEL, Batch, Data, arg
@@ -152,7 +154,7 @@ class Samples:
 
     tokens: list[tuple[list[int], list[int], list[int]]]  # of the prompt, the policy's y, the reference's ỹ
     texts: list[tuple[str, str]]  # of y and ỹ
-    preferences: Tensor  # (B,) 1 if y is better, -1 if ỹ is, 0 if neither
+    preferences: Tensor  # (B,) 1 if y is better, -1 if ỹ is, 0 if neither, NaN if the judge failed
     scores: Tensor | None  # (B, 2) of y and ỹ; a judge gives none
     ended: Tensor  # (B, 2) bool: whether y and ỹ end in EOS
     seconds: dict[str, float]
@@ -197,9 +199,9 @@ def judge_pairs(judge: Callable, prompts: list, texts: list[list[str]]) -> Tenso
     swapped = (torch.rand(len(prompts)) < 0.5).tolist()
     pairs = [(b, a) if swap else (a, b) for a, b, swap in zip(*texts, swapped, strict=True)]
     better = judge(prompts, pairs)
-    if len(better) != len(pairs) or not {*better} <= {0, 1, -1}:
-        common.fail(f"the judge must return {len(pairs)} times 0, 1 or -1, not {better}", alone=True)
-    sides = {0: 1, 1: -1, -1: 0}
+    if len(better) != len(pairs) or not {*better} <= {0, 1, -1, None}:
+        common.fail(f"the judge must return {len(pairs)} times 0, 1, -1 or None, not {better}", alone=True)
+    sides = {0: 1, 1: -1, -1: 0, None: math.nan}
     return torch.tensor([sides[b] * (-1 if swap else 1) for b, swap in zip(better, swapped, strict=True)])
 
 
@@ -208,8 +210,8 @@ def load_judge(path: str) -> Callable:
     """The function of `path/to/file.py:function`. Executes the file. ValueError if there is no such function.
 
     The function takes prompts (texts or lists of messages) and pairs of answers (texts), and returns a list:
-    for each pair 0 if the first answer is better, 1 if the second is, -1 for a tie. Return -1 only for a real
-    tie, because a tie is trained as a win of the policy, as equal scores are.
+    for each pair 0 if the first answer is better, 1 if the second is, -1 for a tie, None if the judge failed.
+    A tie is trained as a win of the policy, as equal scores are. The winner of a failed pair is random.
     """
     file, _, name = path.rpartition(":")
     if not (file.endswith(".py") and Path(file).is_file()):
@@ -222,6 +224,58 @@ def load_judge(path: str) -> Callable:
     return getattr(module, name)
 
 
+class PairRM(DebertaV2PreTrainedModel):
+    """Compares two answers. Source: https://arxiv.org/abs/2306.02561 and the Hub's llm-blender/PairRM-hf."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.prefixes = ["<|source|>", "<|candidate1|>", "<|candidate2|>"]  # of the prompt and both answers
+        self.prefix_ids = [config.source_prefix_id, config.cand1_prefix_id, config.cand2_prefix_id]
+        self.pretrained_model, size = DebertaV2Model(config), config.hidden_size
+        layers = [nn.Dropout(config.drop_out), nn.Linear(2 * size, size), nn.Tanh()]
+        self.head_layer = nn.Sequential(*layers, nn.Dropout(config.drop_out), nn.Linear(size, config.n_tasks))
+        self.post_init()
+
+    def forward(self, sequences: list[list[int]]) -> Tensor:
+        """How much better the first answer of each sequence of tokens is, (B,)."""
+        ids, mask = (x.to(self.device) for x in common.pad(sequences, self.config.pad_token_id))  # (B, L)
+        hidden = self.pretrained_model(ids, mask.long()).last_hidden_state  # (B, L, H)
+        source, *answers = (hidden[range(len(ids)), (ids == i).int().argmax(1)] for i in self.prefix_ids)
+        first, second = (self.head_layer(torch.cat([source, y], dim=1)) for y in answers)  # (B, n_tasks)
+        return (first - second).mean(1).float()
+
+
+def load_pair_rm(args: Arguments, device: torch.device) -> Callable:
+    """PairRM as a judge, as load_judge describes it: that of the Hub, or of the directory in pair_rm:PATH."""
+    path, dtype = args.judge[8:] or "llm-blender/PairRM-hf", torch.bfloat16 if args.bf16 else torch.float32
+    tokenizer = common.from_pretrained(AutoTokenizer, path, args)
+    model, info = common.from_pretrained(PairRM, path, args, dtype=dtype, output_loading_info=True)
+    if info["missing_keys"] or tokenizer.convert_tokens_to_ids(model.prefixes) != model.prefix_ids:
+        common.fail(f"{path} is no PairRM: it lacks weights, or the tokens {' '.join(model.prefixes)}")
+    model = model.eval().to(device)
+    special = re.compile("|".join(map(re.escape, [*model.prefixes, *tokenizer.all_special_tokens])))
+
+    def encode(prompt, *answers: str) -> list[int]:
+        """[CLS] <|source|> prompt [SEP] [CLS] <|candidate1|> a [SEP] [CLS] <|candidate2|> b [SEP]"""
+        if isinstance(prompt, list):  # a single message of the user becomes its text alone
+            turns = (f"{turn['role'].capitalize()}: {turn.get('content', '')}" for turn in prompt)
+            prompt = "\n\n".join(turns).removeprefix("User: ")
+        texts = [special.sub(" ", text) for text in (prompt, *answers)]  # none can imitate the tokens above
+        source, *answers = map("".join, zip(model.prefixes, texts, strict=True))
+        ids = tokenizer(source, truncation=True, max_length=1224)["input_ids"]
+        return sum(tokenizer(answers, truncation=True, max_length=(2048 - len(ids)) // 2)["input_ids"], ids)
+
+    @torch.no_grad()
+    def judge(prompts: list, pairs: list[tuple[str, str]]) -> list[int | None]:
+        rows = [(encode(x, a, b), encode(x, b, a)) for x, (a, b) in zip(prompts, pairs, strict=True)]
+        size = args.per_device_eval_batch_size
+        orders = [map(model, zip(*rows[i : i + size], strict=True)) for i in range(0, len(rows), size)]
+        margins = torch.cat([ab - ba for ab, ba in orders])  # the mean of both orders, times 2
+        return [None if math.isnan(m) else int(m < 0) if m else -1 for m in margins.tolist()]
+
+    return judge
+
+
 def load_scorer(args: Arguments, device: torch.device, prompt) -> Callable[..., Tensor]:
     """The reward model: a function of prompts, answers and whether they ended that returns scores (B,).
 
@@ -230,8 +284,7 @@ def load_scorer(args: Arguments, device: torch.device, prompt) -> Callable[..., 
     tokenizer = common.from_pretrained(AutoTokenizer, args.reward_model_path, args)
     if isinstance(prompt, list) and not tokenizer.chat_template:
         common.fail("the prompts are conversations, but the reward model's tokenizer has no chat template")
-    dtype = torch.bfloat16 if args.bf16 else torch.float32
-    kind = AutoModelForSequenceClassification
+    kind, dtype = AutoModelForSequenceClassification, torch.bfloat16 if args.bf16 else torch.float32
     model = common.from_pretrained(kind, args.reward_model_path, args, dtype=dtype)
     if model.config.num_labels != 1:
         common.fail(f"{args.reward_model_path} has {model.config.num_labels} outputs; a reward model has one")
@@ -268,7 +321,9 @@ def load_scorer(args: Arguments, device: torch.device, prompt) -> Callable[..., 
 def sample_metrics(samples: Samples, total: int) -> dict[str, Tensor | float]:
     """These samples' share of the means over `total` prompts; `val/` is TRL's name, also in training."""
     sums = {
-        "objective/win_rate": (samples.preferences > 0).sum() + (samples.preferences == 0).sum() / 2,
+        "objective/win_rate": (samples.preferences.nan_to_num() + 1).sum() / 2,
+        "objective/ties": (samples.preferences.nan_to_num() == 0).sum(),  # failures among them
+        "objective/judge_failures": samples.preferences.isnan().sum(),
         "val/model_contain_eos_token": samples.ended[:, 0].sum(),
         "val/ref_contain_eos_token": samples.ended[:, 1].sum(),
         "val/model_tokens": sum(len(y) for _, y, _ in samples.tokens),
@@ -298,8 +353,8 @@ def evaluate(policy, reference, decide, tokenizer, test: Data, args: Arguments, 
     distinct = [len({tuple(y) for y in four[i : i + 4]}) for i in range(0, len(four), 4)]
     log.add({"distinct_of_4": sum(distinct) / total})
     columns = dict(zip(("policy", "reference"), zip(*samples.texts, strict=True), strict=True))
-    names = {1: "policy", -1: "reference", 0: "neither"}
-    columns["winner"] = [names[preference] for preference in samples.preferences.tolist()]
+    names = {1: "policy", -1: "reference"}
+    columns["winner"] = [names.get(preference, "neither") for preference in samples.preferences.tolist()]
     columns |= {} if samples.scores is None else {"scores": samples.scores.tolist()}
     completions = [a | b for a, b in zip(completions, common.gather_rows(columns), strict=True)]
     log.evaluation(step, log.all_reduce()[0] | metrics, completions)
@@ -315,8 +370,8 @@ def main(args: Arguments) -> None:
     batches = common.global_batches(train, args)
     policy = common.load_model(common.policy_path(args), args, device, trainable=True)
     reference = common.load_reference(None, policy, args, device, updated=args.sync_ref_model)
-    prompt = common.split_prompt(train.raw[0])[0]
-    decide = load_judge(args.judge) if args.judge else load_scorer(args, device, prompt)
+    judge = load_pair_rm(args, device) if args.is_pair_rm else args.judge and load_judge(args.judge)
+    decide = judge or load_scorer(args, device, common.split_prompt(train.raw[0])[0])
     optimizer = common.adamw(policy, args)
     method_state = {}
     if args.sync_ref_model:
@@ -333,7 +388,8 @@ def main(args: Arguments) -> None:
         lr = common.set_learning_rate(optimizer, step, len(batches), args)
         epoch = step // (len(train.lengths) // batches.shape[1])
         samples = sample(policy, reference, decide, tokenizer, train, batches[step][rank::world], args)
-        policy_wins = samples.preferences.to(device) >= 0  # ties count for the policy
+        better = samples.preferences  # ties count for the policy; after a failure, NaN, the winner is random
+        policy_wins = torch.where(better.isnan(), torch.rand(better.shape) < 0.5, better >= 0).to(device)
         start = time.perf_counter()
         for i in range(0, len(policy_wins), args.per_device_train_batch_size):
             part = slice(i, i + args.per_device_train_batch_size)
@@ -378,7 +434,7 @@ class Arguments(common.Arguments):
     """XPO's own arguments; those of all methods are in common.py. A pair is a prompt and its two samples."""
 
     reward_model_path: str | None = arg(None, "a sequence classifier with one output: Hub name or directory")
-    judge: str | None = arg(None, "instead of a reward model: path/to/file.py:function that compares answers")
+    judge: str | None = arg(None, "instead of it: path/to/file.py:function, pair_rm, or pair_rm:PATH")
     alpha: list[float] = arg([1e-5], "weight of the exploration bonus: one value, or one per epoch")
     beta: list[float] = arg([0.1], "strength of the tie to the reference: one value, or one per epoch")
     loss_type: str = arg("sigmoid", "sigmoid (DPO) or ipo")
@@ -416,10 +472,9 @@ class Arguments(common.Arguments):
             raise ValueError("sync_ref_model averages weights, and a reference of LoRA has none of its own")
         if self.ref_model_sync_steps < 1:
             raise ValueError(f"ref_model_sync_steps must be at least 1, not {self.ref_model_sync_steps}")
-        if self.judge:
+        self.is_pair_rm = (self.judge or "").split(":")[0] == "pair_rm"
+        if self.judge and not self.is_pair_rm:
             load_judge(self.judge)
-        if not self.beta:
-            raise ValueError("beta must be one or more values")
         # Dry run: let xpo_loss check the remaining options before anything is loaded.
         for beta in self.beta:
             zero = torch.zeros(1)

@@ -91,6 +91,14 @@ WRONG = [  # method, flags, what is said
         "nowhere.py is no such file",
     ),
     ("xpo", "--judge nowhere.py:judge", "nowhere.py is no such file"),
+    ("xpo", "--judge pair_rm --reward_model_path m", "give one of --reward_model_path and --judge"),
+    ("xpo", "--judge pair_rm:{dir}/nowhere", "cannot load {dir}/nowhere, which is not a directory here"),
+    ("xpo", "--judge pair_rm:{toy}", "cannot load {toy}: 'DebertaV2Config' object has no attribute"),
+    (
+        "xpo",
+        "--judge {root}/judges/server.py:judge",
+        "needs the environment variables JUDGE_URL and JUDGE_MODEL",
+    ),
     ("xpo", "--judge {dir}/judge.py:nobody", "there is no function nobody in"),
     ("xpo", "--judge {dir}/judge.py:f --reward_model_path m", "give one of --reward_model_path and --judge"),
     ("xpo", "--max_new_tokens 2000", "must exceed max_new_tokens"),
@@ -378,7 +386,8 @@ def test_one_line_says_what_is_wrong(
     monkeypatch, tmp_path, tmp_path_factory, wrong, capsys, method, flags, message
 ):
     flags = flags.replace("{model}", "--model_name_or_path {toy} --dataset_name")
-    for name, path in {"{dir}": str(wrong), "{toy}": TOY_MODEL, "{data}": TOY_DATA}.items():
+    paths = {"{dir}": str(wrong), "{toy}": TOY_MODEL, "{data}": TOY_DATA, "{root}": str(ROOT)}
+    for name, path in paths.items():
         flags, message = flags.replace(name, path), message.replace(name, path)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.getbasetemp() / "bad_input")

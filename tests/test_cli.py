@@ -19,6 +19,24 @@ def test_a_command_of_trls_documentation_is_accepted_as_it_is(monkeypatch):
     assert args.learning_rate == 1e-6  # the toy's defaults stay out
 
 
+def test_trls_command_for_xpo_is_accepted_as_it_is(monkeypatch):
+    command = (
+        "--model_name_or_path Qwen/Qwen2.5-0.5B-Instruct --judge pair_rm "
+        "--dataset_name trl-lib/ultrafeedback-prompt --learning_rate 5.0e-7 --logging_steps 25 "
+        "--output_dir Qwen2.5-0.5B-XPO-PairRM --warmup_ratio 0.1 --push_to_hub"
+    )
+    args = parse(monkeypatch, "xpo", command)
+    assert (args.judge, args.is_pair_rm, args.reward_model_path) == ("pair_rm", True, None)
+    assert (args.learning_rate, args.logging_steps, args.warmup_steps) == (5e-7, 25, 0.1)
+    assert (args.output_dir, args.push_to_hub) == ("Qwen2.5-0.5B-XPO-PairRM", True)
+    loaded = []
+    module = __import__("xpo")
+    monkeypatch.setattr(module.common, "from_pretrained", lambda kind, path, *_, **__: loaded.append(path))
+    with pytest.raises(TypeError):  # there is no model to go on with
+        module.load_pair_rm(args, None)
+    assert loaded == ["llm-blender/PairRM-hf"] * 2
+
+
 def test_without_arguments_the_built_in_example_runs(monkeypatch):
     args = parse(monkeypatch, "dpo", "--beta 0.2")
     assert Path(args.model_name_or_path, "config.json").exists()
