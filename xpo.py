@@ -434,7 +434,7 @@ class Arguments(common.Arguments):
     """XPO's own arguments; those of all methods are in common.py. A pair is a prompt and its two samples."""
 
     reward_model_path: str | None = arg(None, "a sequence classifier with one output: Hub name or directory")
-    judge: str | None = arg(None, "instead of it: path/to/file.py:function, pair_rm, or pair_rm:PATH")
+    judge: str | None = arg(None, "instead of a reward model: file.py:function, pair_rm or pair_rm:PATH")
     alpha: list[float] = arg([1e-5], "weight of the exploration bonus: one value, or one per epoch")
     beta: list[float] = arg([0.1], "strength of the tie to the reference: one value, or one per epoch")
     loss_type: str = arg("sigmoid", "sigmoid (DPO) or ipo")
@@ -449,6 +449,10 @@ class Arguments(common.Arguments):
     sync_ref_model: bool = arg(False, "let the reference follow the policy (TR-DPO, 2404.09656)")
     ref_model_sync_steps: int = arg(512, "steps between updates of the reference")
     ref_model_mixup_alpha: float = arg(0.6, "share of the policy in the updated reference")
+
+    @property
+    def is_pair_rm(self) -> bool:
+        return (self.judge or "").split(":")[0] == "pair_rm"
 
     def __post_init__(self):
         super().__post_init__()
@@ -472,7 +476,6 @@ class Arguments(common.Arguments):
             raise ValueError("sync_ref_model averages weights, and a reference of LoRA has none of its own")
         if self.ref_model_sync_steps < 1:
             raise ValueError(f"ref_model_sync_steps must be at least 1, not {self.ref_model_sync_steps}")
-        self.is_pair_rm = (self.judge or "").split(":")[0] == "pair_rm"
         if self.judge and not self.is_pair_rm:
             load_judge(self.judge)
         # Dry run: let xpo_loss check the remaining options before anything is loaded.

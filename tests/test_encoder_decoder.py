@@ -414,7 +414,8 @@ def test_greedy_completions_are_those_of_single_prompts(kind):
 
 
 def flags_of(models: Path, kind: str) -> list[str]:
-    return ["--model_name_or_path", str(models / kind), "--dataset_name", str(models / "pairs"), *SHORT]
+    data = ["--dataset_name", str(models / "pairs"), "--dataset_test_split", "test"]
+    return ["--model_name_or_path", str(models / kind), *SHORT, *data]
 
 
 RUNS = [("cpo", "t5", 2, "--gradient_checkpointing"), ("orpo", "bart", 1, "--max_completion_length 20")]

@@ -361,6 +361,7 @@ def test_processes_sample_independently(tmp_path, judge):
     for name in ("train.jsonl", "test.jsonl"):
         (tmp_path / "data" / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
     flags = [*judge, "--dataset_name", f"{tmp_path}/data", "--max_steps", "1", "--temperature", "3"]
+    flags += ["--dataset_test_split", "test"]
     succeed("xpo.py", tmp_path / "a", *flags, processes=2)
     lines = [json.loads(line) for line in (tmp_path / "a" / "completions.jsonl").read_text().splitlines()]
     first, second, *_ = ((line["policy"], line["reference"]) for line in lines)  # of rank 0 and rank 1
