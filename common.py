@@ -60,15 +60,16 @@ class Batch:
     """B prompts, each with a chosen and a rejected completion, as 2B rows of tokens, padded on the right.
 
     labels[i, j] is the token after input_ids[i, j]. Two pairs, with prompts p and q, chosen completions c,
-    rejected completions r, and dots for padding:
+    rejected completions r, and dots for what is masked:
 
         input_ids    p1 p2 c1 c2        labels    p2 c1 c2 c3        completions    .  x  x  x
                      p1 p2 r1 .                   p2 r1 r2 .                        .  x  x  .
                      q1 c1 .  .                   c1 c2 .  .                        x  x  .  .
                      q1 r1 r2 .                   r1 r2 r3 .                        x  x  x  .
 
-    A completion is what the papers call an answer. Its last token is only ever a label. A method
-    with another number of completions for each prompt has that number of rows for each prompt.
+    A completion is what the papers call an answer. Its last token is only ever a label. In an online method,
+    the two completions of a prompt are the policy's and the reference's. A method with another number of
+    completions for each prompt has that number of rows for each prompt.
     """
 
     # For model(**inputs): input_ids and attention_mask (2B, L), and the pixels of images, if any. With an
@@ -114,7 +115,7 @@ def token_logps(model, batch: Batch, *, of: Callable[[Tensor, Tensor], Tensor] =
         outputs = model.get_decoder()(**batch.packed_inputs, spans=batch.spans, use_cache=False)
         hidden = outputs.last_hidden_state[0, batch.packed_index] * logit_scale(model)  # (N, D)
         weight = model.get_output_embeddings().weight
-    else:  # Both keep the logits (2B, L, V). model.forward: FSDP's hooks have already run for this method
+    else:  # "padded" and "encoded once" keep all logits. FSDP's hooks have run already: not model(...)
         inputs, k = dict(batch.inputs), batch.per_prompt
         if model.forward_pass == "encoded once":  # otherwise "padded"
             prompts = {name: inputs[name][::k] for name in ("input_ids", "attention_mask")}  # (B, P)
@@ -205,7 +206,7 @@ def pack(examples: list[tuple], scored: Tensor) -> dict:
 
 
 def packed_attention(module, query, key, value, mask, *, spans=None, **options):
-    """An attention function for transformers: q, k, v (1, heads, T, size) -> (1, T, heads, size)."""
+    """Attention within each prompt and completion of the row: (1, heads, T, size) -> (1, T, heads, size)."""
     # A completion attends to its prompt and to itself. Prompt and chosen completion are one causal call. A
     # copy of the prompt and the rejected completion are another one, whose completion part is kept.
     if spans is None:  # an ordinary call, such as one from generate()
@@ -218,12 +219,12 @@ def packed_attention(module, query, key, value, mask, *, spans=None, **options):
         return sdpa_attention_forward(module, *qkv, mask, **options | {"is_causal": True})[0]
 
     results = []
-    for start, chosen, *ends in spans:
+    for start, prompt_end, *ends in spans:
         results.append(causal(*(x[:, :, start : ends[0]] for x in (query, key, value))))
         for begin, end in zip(ends, ends[1:], strict=False):
             if end > begin:  # a completion of one token is only a label
-                parts = [(x[:, :, start:chosen], x[:, :, begin:end]) for x in (query, key, value)]
-                results.append(causal(*(torch.cat(part, dim=2) for part in parts))[:, chosen - start :])
+                parts = [(x[:, :, start:prompt_end], x[:, :, begin:end]) for x in (query, key, value)]
+                results.append(causal(*(torch.cat(part, dim=2) for part in parts))[:, prompt_end - start :])
     return torch.cat(results, dim=1), None
 
 
@@ -235,8 +236,8 @@ class ChunkedHead(torch.autograd.Function):
     """of(hidden @ weight.T, labels), without keeping the logits; without a weight, of(hidden, labels).
 
     The logits (N, V) are made for one chunk of tokens at a time, and again in the backward pass. They are in
-    float32, and so is the sum of the weight's gradient over chunks: rounding to bfloat16 would change a
-    log-probability by about 0.01, and rounding that sum would change the gradient by about 1%.
+    float32, and the weight's gradient is accumulated in float32: logits in bfloat16 would change a
+    log-probability by about 0.01, and accumulating in bfloat16 would change the gradient by about 1%.
     """
 
     @staticmethod
@@ -286,7 +287,7 @@ def decoder_prompt_of(config) -> list[int] | None:
 @torch.no_grad()
 def choose_forward_pass(model) -> None:
     """Set model.forward_pass to a fast one if it agrees with plain_token_logps, and otherwise to "padded"."""
-    # Not all architectures call the attention function, and some do more to hidden states than logits_of.
+    # Some architectures do not call the attention function, or change hidden states before their head.
     examples = [([1, 2, 3, 4, 5], [1, 3, 2], [4, 4, 1, 2, 5, 3]), ([2], [5], [3, 1, 4, 1, 5, 2, 4])]
     decoder_prompt, attention = decoder_prompt_of(model.config), model.config._attn_implementation
     batch = collate(examples, model.device, decoder_prompt=decoder_prompt, global_pairs=2)
@@ -644,7 +645,7 @@ def encode_labels(tokenizer, text: str) -> list[int]:
 
 
 def global_batches(data: Data, args: Arguments) -> np.ndarray:
-    """The row numbers of all global batches of the run, (steps, batch_size): a function of seed and epoch."""
+    """The row numbers of all global batches of the run, (steps, batch_size). They follow from the seed."""
     # A batch is a random sample, sorted by length. Rows left over at the end of an epoch are not used.
     rows, world, epochs = len(data.lengths), dist.get_world_size(), []
     size = min(args.batch_size, rows // world * world)
@@ -942,7 +943,7 @@ def load_adapter(model, name: str, path: str, args: Arguments) -> None:
 
 @contextmanager
 def as_before_training(policy) -> Iterator:
-    """Let the policy run with its adapter "reference", or, where it has none of this name, without one."""
+    """The policy with its adapter "reference", or, if it has none of this name, without an adapter."""
     # peft's own methods would also change which parameters have a gradient, in the middle of a step.
     layers = [module for module in policy.modules() if hasattr(module, "_active_adapter")]
     for layer in layers:

@@ -1,12 +1,13 @@
 r"""Exploratory Preference Optimization (Xie et al. 2024, https://arxiv.org/abs/2405.21046), online.
 
 At every step and for each prompt x, the policy π writes one answer y, and the reference π_ref one answer ỹ.
-A reward model or a judge says which is better, and DPO learns from that pair. A bonus for optimism is added:
-the policy lowers the probability of ỹ, which leaves probability for answers that nobody has tried.
+A reward model or a judge says which is better, and DPO learns from that pair. The term α log π(ỹ|x) is added
+to the loss. It lowers the probability of ỹ, which leaves probability for answers that nobody has tried.
 
     loss = -log σ(β log π(y_w|x)/π_ref(y_w|x) - β log π(y_l|x)/π_ref(y_l|x)) + α log π(ỹ|x)     Algorithm 1
 
-y_w is the better of y and ỹ, and y_l the other one. The bonus acts on ỹ, even if it is y_w. Log-probabilities
+y_w is the better of y and ỹ, and y_l the other one. The last term acts on ỹ, even if it is y_w; it is the
+bonus for exploration, because the paper maximises its negative. Log-probabilities
 are sums over tokens, and the loss is a mean over prompts. α = 0 is DPO on these online pairs.
 
 Differs from the paper: a step of AdamW uses a batch of new pairs; Algorithm 1 minimises over all pairs so
@@ -14,8 +15,8 @@ far. The better score is the label; the paper draws it from a preference probabi
 result; the paper takes the best one so far. Loss type ipo averages log-probabilities over tokens.
 
 What to expect: before the first step policy and reference agree, so the rewards are 0, the loss is log 2 =
-0.693 up to the bonus (ipo: 1/4β²), and the policy's answers win half of the time. In the built-in example, 60
-steps take the win rate on held-out prompts to 0.79, and the share of right answers from 0.01 to 0.99.
+0.693 up to the bonus (ipo: 1/(4β²)), and the policy's answers win half of the time. In the built-in example,
+60 steps take the win rate on held-out prompts to 0.79, and the share of right answers from 0.01 to 0.99.
 
     python xpo.py                                     the built-in example, about two minutes on a laptop
     torchrun --nproc_per_node 8 xpo.py --model_name_or_path Qwen/Qwen2-0.5B-Instruct \
@@ -31,7 +32,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -97,7 +98,7 @@ def loss_and_metrics(
         ref_logps = model.token_logps(batch).sum(1).view(-1, 2)  # (B, 2): of y and ỹ
     token_logps = policy.token_logps(batch)  # (2B, L): log π of each token of an answer
     logps = token_logps.sum(1).view(-1, 2)  # (B, 2): of y and ỹ; DPO sums over tokens
-    # IPO takes means over tokens; the bonus stays a sum.
+    # IPO compares means over tokens. alpha times the length of ỹ keeps the bonus a sum.
     divisors = torch.ones_like(logps)
     if args.loss_type == "ipo":
         divisors = divisors * batch.completions.sum(1).view(-1, 2)
@@ -114,7 +115,7 @@ def loss_and_metrics(
     bonus = alpha * logps[:, 1].detach()
     log_ratios = (logps - ref_logps).detach()  # (B, 2): of y and ỹ; sums over tokens, also for IPO
     won = policy_wins[:, None]
-    chosen_first = torch.where(won, logps.detach(), logps.detach().flip(1))  # (B, 2): of y_w and y_l
+    chosen_rejected = torch.where(won, logps.detach(), logps.detach().flip(1))  # (B, 2): of y_w and y_l
     rewards = beta * torch.where(won, log_ratios, log_ratios.flip(1))  # (B, 2): of y_w and y_l
     sums = {
         "loss/dpo": (losses.detach() - bonus).sum(),
@@ -128,8 +129,8 @@ def loss_and_metrics(
         "rewards/rejected": rewards[:, 1].sum(),
         "rewards/accuracies": (rewards[:, 0] > rewards[:, 1]).sum(),
         "rewards/margins": (rewards[:, 0] - rewards[:, 1]).sum(),
-        "logps/chosen": chosen_first[:, 0].sum(),
-        "logps/rejected": chosen_first[:, 1].sum(),
+        "logps/chosen": chosen_rejected[:, 0].sum(),
+        "logps/rejected": chosen_rejected[:, 1].sum(),
     }
     metrics = {name: value / batch.global_pairs for name, value in sums.items()}
     if policy.router_loss is not None:
@@ -161,7 +162,7 @@ class Samples:
 
 
 def sample(policy, reference, decide: Callable, tokenizer, data: Data, rows, args: Arguments) -> Samples:
-    """Let both models answer the prompts of these rows, and `decide` score or judge the answers."""
+    """Let both models answer the prompts of these rows, and `decide` say which answer is better."""
     start = time.perf_counter()
     prompts, eos = data.tokens[rows]["prompt"], common.eos_ids(policy, tokenizer)
     options = sampling(args)
@@ -174,15 +175,7 @@ def sample(policy, reference, decide: Callable, tokenizer, data: Data, rows, arg
     visible = [[y[:-1] if y[-1] in eos else y for y in part] for part in answers]
     texts = [common.decode_answers(tokenizer, prompts, part, skip_special_tokens=False) for part in visible]
     raw_prompts = [common.split_prompt(data.raw[int(row)])[0] for row in rows]  # texts or messages
-    if args.judge:
-        scores, preferences = None, judge_pairs(decide, raw_prompts, texts)
-    else:
-        columns = zip(texts, ended.T.tolist(), strict=True)
-        scores = torch.stack([decide(raw_prompts, *column).cpu() for column in columns], dim=1)
-        if not scores.isfinite().all():
-            common.fail("the reward model gave a score that is not finite", alone=True)
-        scores = scores - (args.missing_eos_penalty or 0.0) * ~ended
-        preferences = (scores[:, 0] - scores[:, 1]).sign()
+    preferences, scores = decide(raw_prompts, texts, ended)
     seconds = {"time/generation": generated - start, "time/scoring": time.perf_counter() - generated}
     tokens = list(zip(prompts, *answers, strict=True))
     return Samples(tokens, list(zip(*texts, strict=True)), preferences, scores, ended, seconds)
@@ -194,15 +187,25 @@ def sampling(args: Arguments) -> dict:
     return options | ({} if args.min_p is None else {"min_p": args.min_p})
 
 
-def judge_pairs(judge: Callable, prompts: list, texts: list[list[str]]) -> Tensor:
-    """Preferences (B,) of a judge, which sees each pair in random order, so that it favours neither model."""
+def score_pairs(scorer: Callable, penalty: float, prompts: list, texts: list, ended: Tensor) -> tuple:
+    """Preferences (B,) and scores (B, 2) of a reward model, as in Samples."""
+    columns = zip(texts, ended.T.tolist(), strict=True)  # of the policy, then of the reference
+    scores = torch.stack([scorer(prompts, *column).cpu() for column in columns], dim=1)
+    if not scores.isfinite().all():
+        common.fail("the reward model gave a score that is not finite", alone=True)
+    scores = scores - penalty * ~ended
+    return (scores[:, 0] - scores[:, 1]).sign(), scores
+
+
+def judge_pairs(judge: Callable, prompts: list, texts: list, ended: Tensor) -> tuple:
+    """Preferences (B,) of a judge, and no scores. It sees each pair in random order, and favours no model."""
     swapped = (torch.rand(len(prompts)) < 0.5).tolist()
     pairs = [(b, a) if swap else (a, b) for a, b, swap in zip(*texts, swapped, strict=True)]
-    better = judge(prompts, pairs)
-    if len(better) != len(pairs) or not {*better} <= {0, 1, -1, None}:
-        common.fail(f"the judge must return {len(pairs)} times 0, 1, -1 or None, not {better}", alone=True)
-    sides = {0: 1, 1: -1, -1: 0, None: math.nan}
-    return torch.tensor([sides[b] * (-1 if swap else 1) for b, swap in zip(better, swapped, strict=True)])
+    verdicts = judge(prompts, pairs)
+    if len(verdicts) != len(pairs) or not {*verdicts} <= {0, 1, -1, None}:
+        common.fail(f"the judge must return {len(pairs)} times 0, 1, -1 or None, not {verdicts}", alone=True)
+    for_first = [{0: 1, 1: -1, -1: 0, None: math.nan}[verdict] for verdict in verdicts]
+    return torch.tensor([-x if swap else x for x, swap in zip(for_first, swapped, strict=True)]), None
 
 
 @cache
@@ -269,9 +272,11 @@ def load_pair_rm(args: Arguments, device: torch.device) -> Callable:
     def judge(prompts: list, pairs: list[tuple[str, str]]) -> list[int | None]:
         rows = [(encode(x, a, b), encode(x, b, a)) for x, (a, b) in zip(prompts, pairs, strict=True)]
         size = args.per_device_eval_batch_size
-        orders = [map(model, zip(*rows[i : i + size], strict=True)) for i in range(0, len(rows), size)]
-        margins = torch.cat([ab - ba for ab, ba in orders])  # the mean of both orders, times 2
-        return [None if math.isnan(m) else int(m < 0) if m else -1 for m in margins.tolist()]
+        margins = []  # twice the mean of the scores in both orders
+        for start in range(0, len(rows), size):
+            first, swapped = zip(*rows[start : start + size], strict=True)
+            margins += (model(first) - model(swapped)).tolist()
+        return [None if math.isnan(m) else int(m < 0) if m else -1 for m in margins]
 
     return judge
 
@@ -298,7 +303,7 @@ def load_scorer(args: Arguments, device: torch.device, prompt) -> Callable[..., 
             ids = common.encode(tokenizer, prompt, completion, ended=ended)
         except ValueError:  # some templates rewrite the last turn, and so cannot leave it open
             ids = common.encode(tokenizer, prompt, completion)
-        bos = ids[: ids[0] == tokenizer.bos_token_id]  # of a longer input, keep BOS and the end
+        bos = ids[:1] if ids[0] == tokenizer.bos_token_id else []  # of a longer input, keep BOS and the end
         return ids if len(ids) <= longest else bos + ids[len(bos) - longest :]
 
     @torch.no_grad()
@@ -307,8 +312,8 @@ def load_scorer(args: Arguments, device: torch.device, prompt) -> Callable[..., 
         for start in range(0, len(sequences), args.per_device_eval_batch_size):
             part = sequences[start : start + args.per_device_eval_batch_size]
             used = {token for ids in part for token in ids}
-            # The model reads the score at the last token that is not padding, which it tells by its id. So
-            # padding has to be a token that occurs in none of the texts; EOS may occur.
+            # The model reads the score at the last token whose id is not that of padding. So padding has to
+            # be a token that occurs in none of these texts. EOS occurs in them.
             config.pad_token_id = next(token for token in range(config.vocab_size) if token not in used)
             ids, mask = common.pad(part, config.pad_token_id)
             logits = model(input_ids=ids.to(device), attention_mask=mask.long().to(device)).logits  # (B, 1)
@@ -370,8 +375,12 @@ def main(args: Arguments) -> None:
     batches = common.global_batches(train, args)
     policy = common.load_model(common.policy_path(args), args, device, trainable=True)
     reference = common.load_reference(None, policy, args, device, updated=args.sync_ref_model)
-    judge = load_pair_rm(args, device) if args.is_pair_rm else args.judge and load_judge(args.judge)
-    decide = judge or load_scorer(args, device, common.split_prompt(train.raw[0])[0])
+    if args.judge:
+        judge = load_pair_rm(args, device) if args.is_pair_rm else load_judge(args.judge)
+        decide = partial(judge_pairs, judge)
+    else:
+        scorer = load_scorer(args, device, common.split_prompt(train.raw[0])[0])
+        decide = partial(score_pairs, scorer, args.missing_eos_penalty or 0.0)
     optimizer = common.adamw(policy, args)
     method_state = {}
     if args.sync_ref_model:
@@ -388,8 +397,9 @@ def main(args: Arguments) -> None:
         lr = common.set_learning_rate(optimizer, step, len(batches), args)
         epoch = step // (len(train.lengths) // batches.shape[1])
         samples = sample(policy, reference, decide, tokenizer, train, batches[step][rank::world], args)
-        better = samples.preferences  # ties count for the policy; after a failure, NaN, the winner is random
-        policy_wins = torch.where(better.isnan(), torch.rand(better.shape) < 0.5, better >= 0).to(device)
+        # A tie counts as a win of the policy. Where the judge failed, a coin decides.
+        better, coins = samples.preferences, torch.rand(len(samples.preferences)) < 0.5
+        policy_wins = torch.where(better.isnan(), coins, better >= 0).to(device)  # (B,) bool
         start = time.perf_counter()
         for i in range(0, len(policy_wins), args.per_device_train_batch_size):
             part = slice(i, i + args.per_device_train_batch_size)
@@ -439,7 +449,7 @@ class Arguments(common.Arguments):
     beta: list[float] = arg([0.1], "strength of the tie to the reference: one value, or one per epoch")
     loss_type: str = arg("sigmoid", "sigmoid (DPO) or ipo")
     learning_rate: float = arg(5e-7, "peak learning rate of AdamW; with LoRA, ten times the default")
-    max_length: int = arg(1024, "tokens of prompt and completion: prompts have to leave max_new_tokens")
+    max_length: int = arg(1024, "tokens of prompt and completion; a prompt has max_new_tokens less")
     missing_eos_penalty: float | None = arg(None, "subtracted from the score of a completion without EOS")
     temperature: float = arg(1.0, "of the samples; 1 is the models' own distribution, as in the paper")
     top_p: float = arg(1.0, "sample from the smallest set of tokens with this total probability")
@@ -462,7 +472,9 @@ class Arguments(common.Arguments):
             raise ValueError("give one of --reward_model_path and --judge, to say which answer is better")
         if self.judge and self.missing_eos_penalty is not None:
             raise ValueError("missing_eos_penalty changes scores, but a judge gives none")
-        if not self.temperature > 0:
+        if not 0 <= (self.missing_eos_penalty or 0) < math.inf:
+            raise ValueError(f"missing_eos_penalty must be at least 0, not {self.missing_eos_penalty}")
+        if not 0 < self.temperature < math.inf:
             raise ValueError(f"temperature must be positive, not {self.temperature}: XPO needs samples")
         if not (0 < self.top_p <= 1 and self.top_k >= 0 and 0 <= (self.min_p or 0) <= 1):
             raise ValueError("top_p must be in (0, 1], top_k at least 0, min_p in [0, 1]")

@@ -234,6 +234,7 @@ WRONG = [  # method, flags, what is said
     ("alphapo", "--model_name_or_path {dir}/quantized --dataset_name " + TOY_DATA, "are quantized already"),
     ("cpo", "--gamma 1", "did you mean --simpo_gamma"),
     ("xpo", "--fp16", "did you mean --bf16"),
+    ("xpo", "--missing_eos_penalty inf", "missing_eos_penalty must be at least 0, not inf"),
     ("dpo", "--max_prompt_length 512", " --max_length"),
     ("dpo", "--per_device_batch_size 2", " --per_device_train_batch_size"),
     (

@@ -420,15 +420,16 @@ def test_failures_and_ties_are_counted_and_a_failure_favours_neither_model(monke
 
 
 def test_what_a_judge_may_return():
-    texts = [["y"] * 4, ["z"] * 4]
+    prompts, texts, ended = ["p"] * 4, [["y"] * 4, ["z"] * 4], torch.ones(4, 2)
     for _ in range(5):  # whatever the order
-        found = xpo.judge_pairs(lambda prompts, pairs: [int(a != "y") for a, _ in pairs], ["p"] * 4, texts)
+        names_y = lambda prompts, pairs: [int(a != "y") for a, _ in pairs]  # noqa: E731
+        found, _ = xpo.judge_pairs(names_y, prompts, texts, ended)
         assert found.tolist() == [1] * 4
-        found = xpo.judge_pairs(lambda prompts, pairs: [None, -1, None, -1], ["p"] * 4, texts)
+        found, _ = xpo.judge_pairs(lambda prompts, pairs: [None, -1, None, -1], prompts, texts, ended)
         assert found.isnan().tolist() == [True, False] * 2 and found[1::2].tolist() == [0, 0]
     for wrong in ([0, 1, -1, 2], [0, 1, None]):
         with pytest.raises(SystemExit, match="the judge must return 4 times 0, 1, -1 or None, not "):
-            xpo.judge_pairs(lambda prompts, pairs, wrong=wrong: wrong, ["p"] * 4, texts)
+            xpo.judge_pairs(lambda prompts, pairs, wrong=wrong: wrong, prompts, texts, ended)
 
 
 JUDGE = """

@@ -26,7 +26,7 @@ import common
 import xpo
 from common import TOY_MODEL
 from dpo import dpo_loss
-from xpo import load_judge, load_scorer, sample, value_in, xpo_loss
+from xpo import judge_pairs, load_judge, load_scorer, sample, score_pairs, value_in, xpo_loss
 
 
 def double(*numbers):
@@ -201,6 +201,8 @@ def sampled(monkeypatch, decide, *, judge=None, **options):
     tokens = raw.map(lambda row: {"prompt": encode(row["prompt"])}, remove_columns="prompt")
     args = arguments(**options)
     args.judge = judge
+    penalty = args.missing_eos_penalty or 0.0
+    decide = partial(judge_pairs, decide) if judge else partial(score_pairs, decide, penalty)
     return sample(policy, reference, decide, tokenizer, common.Data(raw, tokens, None), [1, 2], args)
 
 
@@ -236,6 +238,7 @@ def test_special_tokens_are_visible_but_for_a_final_eos(monkeypatch):
     two_models(monkeypatch, [[*two, bos, *two, eos], [eos]], [[*two, bos], [bos, eos]])
     policy, reference = named("policy", eos), partial(nullcontext, named("reference", eos))
     data = common.Data([{"prompt": "1="}] * 2, datasets.Dataset.from_dict({"prompt": [prompt] * 2}), None)
+    decide = partial(score_pairs, decide, 0.0)
     samples = sample(policy, reference, decide, tokenizer, data, [0, 1], arguments())
     assert samples.texts == [("2<s>2", "2<s>"), ("", "<s>")]
 
