@@ -174,7 +174,8 @@ def sample(policy, reference, decide: Callable, tokenizer, data: Data, rows, arg
     # The judge or reward model sees every generated token, including special tokens, except a final EOS.
     visible = [[y[:-1] if y[-1] in eos else y for y in part] for part in answers]
     texts = [common.decode_answers(tokenizer, prompts, part, skip_special_tokens=False) for part in visible]
-    raw_prompts = [common.split_prompt(data.raw[int(row)])[0] for row in rows]  # texts or messages
+    # Texts or messages, as in the dataset: not cut by truncate_prompt, and without tools.
+    raw_prompts = [common.split_prompt(data.raw[int(row)])[0] for row in rows]
     preferences, scores = decide(raw_prompts, texts, ended)
     seconds = {"time/generation": generated - start, "time/scoring": time.perf_counter() - generated}
     tokens = list(zip(prompts, *answers, strict=True))
@@ -326,7 +327,7 @@ def load_scorer(args: Arguments, device: torch.device, prompt) -> Callable[..., 
 def sample_metrics(samples: Samples, total: int) -> dict[str, Tensor | float]:
     """These samples' share of the means over `total` prompts; `val/` is TRL's name, also in training."""
     sums = {
-        "objective/win_rate": (samples.preferences.nan_to_num() + 1).sum() / 2,
+        "objective/win_rate": (samples.preferences.nan_to_num() + 1).sum() / 2,  # a tie counts half
         "objective/ties": (samples.preferences.nan_to_num() == 0).sum(),  # failures among them
         "objective/judge_failures": samples.preferences.isnan().sum(),
         "val/model_contain_eos_token": samples.ended[:, 0].sum(),
