@@ -432,7 +432,8 @@ def tokenize_split(raw: datasets.Dataset, name: str, args: Arguments, tokenizer,
     kept = np.flatnonzero(lengths[0])  # rows that are dropped have no tokens
     # Where most rows have no prompt, its column has another name; some completions begin alike by chance.
     if not len(kept) or notes[f"dropped: {NO_PROMPT}"] > len(raw) / 2:
-        fail(f"most rows of the {name} split are {max(notes, key=notes.get, default='missing')}; {found}")
+        reason = max(notes, key=notes.get, default="missing")
+        fail(f"most rows of the {name} split are {reason}" + f"; {found}" * reason.endswith(NO_PROMPT))
     lengths = np.stack(lengths, axis=1)[kept]
     means = [f"{column} {mean:.0f}" for column, mean in zip(columns, lengths.mean(0), strict=True)]
     say(f"{len(kept)} rows in the {name} split; tokens on average: {', '.join(means)}")
@@ -1336,6 +1337,8 @@ def resume(args: Arguments, policy, optimizer, method_state: dict) -> int:
         return state["step"]
     if checkpoints:  # a load that failed may have changed some weights
         fail(f"no checkpoint in {args.output_dir} can be loaded; --overwrite_output_dir starts anew")
+    if Path(args.output_dir, "metrics.jsonl").exists():
+        say("there is no checkpoint yet (see --save_steps): the run starts from step 0")
     return 0
 
 
