@@ -96,7 +96,7 @@ WRONG = [  # method, flags, what is said
     ("xpo", "--judge pair_rm:{toy}", "cannot load {toy}: 'DebertaV2Config' object has no attribute"),
     (
         "xpo",
-        "--judge {root}/judges/server.py:judge",
+        "--judge {root}/tests/bench/judge_server.py:judge",
         "needs the environment variables JUDGE_URL and JUDGE_MODEL",
     ),
     ("xpo", "--judge {dir}/judge.py:nobody", "there is no function nobody in"),

@@ -252,12 +252,12 @@ def longer(question: str, number: int) -> tuple[int, str]:
 
 
 def load_server(monkeypatch, url: str, **options):
-    """judges/server.py as a run loads it, with short pauses, which it notes in `pauses`."""
+    """tests/bench/judge_server.py as a run loads it, with short pauses, which it notes in `pauses`."""
     settings = {"JUDGE_URL": url, "JUDGE_MODEL": "m", "JUDGE_TIMEOUT": "0.3", "JUDGE_RETRIES": "3"}
     for name, value in (settings | options).items():
         monkeypatch.setenv(name, value)
     xpo.load_judge.cache_clear()
-    judge, pauses = xpo.load_judge(f"{ROOT}/judges/server.py:judge"), []
+    judge, pauses = xpo.load_judge(f"{ROOT}/tests/bench/judge_server.py:judge"), []
     module = sys.modules["judge"]
     monkeypatch.setattr(module, "PAUSE", 0.01)
     # Not of the module `time` itself, which the server uses.

@@ -1,7 +1,7 @@
 """A judge for xpo.py that asks a server with OpenAI's chat completions: vLLM, llama.cpp, Ollama, OpenAI, ...
 
     export JUDGE_URL=http://localhost:8000/v1 JUDGE_MODEL=Qwen/Qwen3-32B
-    python xpo.py --judge judges/server.py:judge --model_name_or_path Qwen/Qwen2.5-0.5B-Instruct \
+    python xpo.py --judge tests/bench/judge_server.py:judge --model_name_or_path Qwen/Qwen2.5-0.5B-Instruct \
         --dataset_name trl-lib/ultrafeedback-prompt
 
 Copy this file to ask in another way. It asks once for each pair, because xpo.py gives the two answers in
@@ -48,7 +48,7 @@ RETRIES = int(os.environ.get("JUDGE_RETRIES", 5))
 PAUSE = 1.0  # seconds before the first retry, at least; each further pause is twice as long
 FINAL = (400, 401, 403, 404, 422)  # errors that a retry does not mend
 if not (URL and MODEL):
-    raise ValueError("judges/server.py needs the environment variables JUDGE_URL and JUDGE_MODEL")
+    raise ValueError("tests/bench/judge_server.py needs the environment variables JUDGE_URL and JUDGE_MODEL")
 reached = False  # whether the server has ever replied
 
 
