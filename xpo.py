@@ -6,9 +6,9 @@ to the loss. It lowers the probability of ỹ, which leaves probability for answ
 
     loss = -log σ(β log π(y_w|x)/π_ref(y_w|x) - β log π(y_l|x)/π_ref(y_l|x)) + α log π(ỹ|x)     Algorithm 1
 
-y_w is the better of y and ỹ, and y_l the other one. The last term acts on ỹ, even if it is y_w; it is the
-bonus for exploration, because the paper maximises its negative. Log-probabilities
-are sums over tokens, and the loss is a mean over prompts. α = 0 is DPO on these online pairs.
+y_w is the better of y and ỹ, and y_l the other one. The last term, called the bonus for exploration, acts on
+ỹ even if ỹ is y_w. Log-probabilities are sums over tokens, and the loss is a mean over prompts. α = 0 is DPO
+on these online pairs.
 
 Differs from the paper: a step of AdamW uses a batch of new pairs; Algorithm 1 minimises over all pairs so
 far. The better score is the label; the paper draws it from a preference probability. The last policy is the
@@ -261,7 +261,7 @@ def load_pair_rm(args: Arguments, device: torch.device) -> Callable:
 
     def encode(prompt, *answers: str) -> list[int]:
         """[CLS] <|source|> prompt [SEP] [CLS] <|candidate1|> a [SEP] [CLS] <|candidate2|> b [SEP]"""
-        if isinstance(prompt, list):  # a single message of the user becomes its text alone
+        if isinstance(prompt, list):  # paragraphs with roles; the user's first message has none
             turns = (f"{turn['role'].capitalize()}: {turn.get('content', '')}" for turn in prompt)
             prompt = "\n\n".join(turns).removeprefix("User: ")
         texts = [special.sub(" ", text) for text in (prompt, *answers)]  # none can imitate the tokens above
