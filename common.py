@@ -409,6 +409,9 @@ def tokenize_split(raw: datasets.Dataset, name: str, args: Arguments, tokenizer,
     found = f"found {', '.join(names)}; see --rename_columns{''.join(likely)}"
     if not {*completions} <= {*names} or not {"prompt", "chosen"} & {*names}:
         fail(f"the {name} split needs columns {', '.join(columns)}; {found}")
+    # What `datasets` makes of a column of different kinds: it would read a text " 4" as the number 4.
+    if mixed := [x for x in columns if x in names and type(raw.features[x]).__name__ == "Json"]:
+        fail(f"the {name} split has texts and messages in column {mixed[0]}: give it rows of one kind")
     options = {"tokenizer": tokenizer, "completions": completions, "truncate_prompt": args.truncate_prompt}
     options |= {"max_length": args.max_length, "max_completion": args.max_completion_length}
     options |= {"room": 1 if completions else args.max_new_tokens}
@@ -471,8 +474,11 @@ def tokenize(row, tokenizer, completions, max_length, room=1, truncate_prompt=Fa
     except Exception as error:  # whatever a chat template or a tokenizer raises
         kind = "" if type(error) is ValueError else f"{type(error).__name__}: "
         return {name: [] for name in columns} | {"note": f"dropped: {kind}{first_line(error)}"}
-    is_cut = sum(map(len, parts)) < sum(map(len, whole))
-    return dict(zip(columns, parts, strict=True)) | {"note": "cut to fit max_length" if is_cut else ""}
+    note = "cut to fit max_length" if sum(map(len, parts)) < sum(map(len, whole)) else ""
+    unknown = {tokenizer.unk_token_id} - {None, tokenizer.bos_token_id, tokenizer.eos_token_id}
+    if unknown & {*sum(parts, [])}:
+        note = f"in part unknown to the tokenizer, which writes {tokenizer.unk_token}"
+    return dict(zip(columns, parts, strict=True)) | {"note": note}
 
 
 def checked_parts(row: dict, tokenizer, completions: list[str]) -> list:
@@ -1072,6 +1078,8 @@ def complete(policy, tokenizer, test: Data, args: Arguments, step: int) -> tuple
     columns["prompt"] = tokenizer.batch_decode(prompts, skip_special_tokens=True)
     if "answer" in test.raw.column_names:
         columns["answer"] = test.raw[rows]["answer"]
+    elif "chosen" in test.tokens.column_names:
+        columns["chosen"] = tokenizer.batch_decode(test.tokens[rows]["chosen"], skip_special_tokens=True)
     images = [test.vision.read(test.raw[row]) for row in rows] if test.vision else []
     for name, options in (("greedy", {"do_sample": False}), ("sampled", {"do_sample": True, "top_k": 0})):
         answers = generate(policy, tokenizer, prompts, args, images, **options)
@@ -1172,13 +1180,15 @@ class Log:
         first = json.loads(Path(self.metrics.name).open().readline())  # the evaluation before training
         rows = map(json.loads, Path(self.completions.name).open())
         greedy = {row["row"]: row["greedy"] for row in rows if row["step"] == 0}
-        lines = [f"{f'evaluation after {step} of {self.steps} steps':<40}{'before':>12}{'now':>12}"]
+        title = f"evaluation after {step} of {self.steps} steps"
+        lines = [f"{title:<40}{'before':>12}" + f"{'now':>12}" * (step > 0)]
         for name, now in metrics.items():
             before = math.nan if (x := first.get(f"eval_{name}")) is None else x  # None: it was not finite
-            lines.append(f"    {name:<36}{before:12.4g}{now:12.4g}")
+            lines.append(f"    {name:<36}{before:12.4g}" + f"{now:12.4g}" * (step > 0))
         hidden = {"step", "row", "greedy", "sampled"}
         for sample in samples[len(samples) // 6 :: max(1, len(samples) // 3)][:3]:
-            texts = {"prompt": sample["prompt"], "before": greedy.get(sample["row"]), "now": sample["greedy"]}
+            texts = {"prompt": sample["prompt"], "before": greedy.get(sample["row"])}
+            texts |= {"now": sample["greedy"]} if step > 0 else {}
             texts |= {name: text for name, text in sample.items() if name not in hidden}
             lines += ["", *(f"    {name:<10}{SHORT.repr(text)}" for name, text in texts.items())]
         say("\n".join(lines))
@@ -1370,7 +1380,8 @@ def save_model(args: Arguments, policy, tokenizer) -> None:
         write_run(args, finished=True)
         say(f"finished: {args.output_dir} has the model, metrics.jsonl, and samples in completions.jsonl")
         for tool in ("plot", "chat"):
-            say(f"    {tool}: python tests/bench/{tool}.py {args.output_dir}")
+            file = Path(__file__).parent / "tests" / "bench" / f"{tool}.py"
+            say(f"    {tool}: {shlex.join(['python', os.path.relpath(file), args.output_dir])}")
     dist.barrier()
 
 

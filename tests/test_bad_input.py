@@ -257,6 +257,8 @@ WRONG = [  # method, flags, what is said
         "a message has a part of type image, which this model does not read",
     ),
     ("cpo", "{model} {dir}/roles.jsonl", "most rows of the train split are dropped: "),
+    ("dpo", "{model} {dir}/mixed.jsonl", "the train split has texts and messages in column prompt"),
+    ("dpo", "{model} {dir}/mixed_answers.jsonl", "the train split has texts and messages in column chosen"),
     (
         "dpo",
         "{model} {dir}/lists.jsonl",
@@ -314,6 +316,9 @@ def wrong(tmp_path_factory) -> Path:
     for name, row in rows.items():
         (folder / f"{name}.jsonl").write_text(json.dumps(row))
     (folder / "empty.jsonl").write_text("")
+    mixed = {"mixed": {"prompt": [{"role": "user", "content": "1"}]}, "mixed_answers": {"chosen": CHAT}}
+    for name, other_kind in mixed.items():
+        (folder / f"{name}.jsonl").write_text(f"{json.dumps(PAIR)}\n{json.dumps(PAIR | other_kind)}\n")
     (folder / "malformed.jsonl").write_text(
         f'{json.dumps(PAIR)}\n{json.dumps(PAIR)}\n{{"prompt": "1", "cho\n'
     )

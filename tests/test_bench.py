@@ -1,4 +1,4 @@
-"""tests/bench/make_stories.py, on random models of ten words."""
+"""tests/bench/make_stories.py, on random models of ten words; tests/bench/chat.py."""
 
 import json
 import random
@@ -166,3 +166,21 @@ def test_bad_input_is_one_line(world, monkeypatch, what, message):
         make(monkeypatch, **{"out": "out"} | what)
     assert "\n" not in str(found.value) and not Path("out").exists()
     assert Path("full/train.jsonl").read_text() == "kept"
+
+
+def test_a_chat_is_one_conversation_until_a_new_one(monkeypatch, capsys):
+    lines = iter(["12", "12", "/new", "12", ""])
+    monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
+    monkeypatch.setattr(sys, "argv", ["chat.py", str(ROOT / "tests/toy/sft")])
+    runpy.run_path(str(ROOT / "tests/bench/chat.py"), run_name="__main__")
+    _, first, second, again = capsys.readouterr().out.splitlines()
+    assert first == again == "twelve" != second
+
+
+def test_a_chat_without_a_template_continues_the_text(monkeypatch, capsys):
+    lines = iter(["<s>12=", ""])
+    monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
+    flags = ["--text", "--max_new_tokens", "3"]
+    monkeypatch.setattr(sys, "argv", ["chat.py", str(ROOT / "tests/toy/sft"), *flags])
+    runpy.run_path(str(ROOT / "tests/bench/chat.py"), run_name="__main__")
+    assert capsys.readouterr().out.splitlines()[1] == "<s>12=twe"

@@ -58,7 +58,7 @@ def tokenizer(name: str = "toy", template: str | None = None):
         specials = [("<s>", 1), ("</s>", 2)]
         toy.backend_tokenizer.post_processor = TemplateProcessing(single=around, special_tokens=specials)
     if template:
-        toy.add_tokens(["<|im_start|>", "<|im_end|>", "<|end|>", "<think>", "</think>", "\n"])
+        toy.add_tokens(["<|im_start|>", "<|im_end|>", "<|end|>", "<think>", "</think>", "\n", "|", "<", ">"])
         toy.chat_template = template
     return toy
 

@@ -270,6 +270,17 @@ def test_what_is_cut_is_counted(tmp_path, capsys):
     assert "dropped: the prompt" not in said and "2 of 4 rows (50.0%) of the train split are cut" in said
 
 
+def test_texts_that_the_tokenizer_does_not_know_are_counted(tmp_path, capsys):
+    rows = [pair("1", "one", "two"), pair("2%", "two", "one"), pair("3", "thr€e", "two")]
+    train, _ = load(write(tmp_path / "pairs.jsonl", rows))
+    said = "2 of 3 rows (66.7%) of the train split are in part unknown to the tokenizer, which writes <unk>"
+    assert said in capsys.readouterr().out and len(train.lengths) == 3
+    # Some tokenizers, such as GPT-2's, name their EOS as the unknown token, and write it after every text.
+    tok = common.transformers.AutoTokenizer.from_pretrained(common.TOY_MODEL)
+    tok.unk_token = tok.eos_token
+    assert not tokenize(rows[0], tok, ("chosen", "rejected"), 99)["note"]
+
+
 # ---------------------------------------------------------------------------------------------- command lines
 
 
@@ -363,9 +374,21 @@ def test_what_a_run_prints(tmp_path, script):
     if script == "xpo.py":
         winners = re.findall("^    winner    '(.*)'$", said, re.MULTILINE)
         assert len(winners) == len(prompts) and {*winners} <= {"policy", "reference", "neither"}
+    at_start = said.split("evaluation after 0 of 6")[1].split("step 2/6")[0]
+    assert "before" in at_start and "now" not in at_start  # there is only one model yet
     end = lines[-3:]
     assert [re.sub(" .*", "", line.strip()) for line in end] == ["finished:", "plot:", "chat:"]
     assert all((ROOT / re.search(r"python (\S+)", line)[1]).exists() for line in end[1:])
+
+
+def test_samples_without_an_answer_are_beside_the_chosen_one(tmp_path):
+    data = write(tmp_path / "pairs.jsonl", [pair(f"{i}", f"{i} one", "two") for i in range(40)])
+    flags = ["--model_name_or_path", common.TOY_MODEL, "--dataset_name", str(data)]
+    flags += ["--max_steps", "1", "--batch_size", "8", "--max_new_tokens", "2"]
+    said = succeed("dpo.py", tmp_path / "out", *flags)
+    rows = [json.loads(line) for line in (tmp_path / "out" / "completions.jsonl").read_text().splitlines()]
+    assert len(rows) == 16 and all(row["chosen"] == f"{row['prompt']} one" for row in rows)
+    assert {*re.findall("^    chosen    '(.*)'$", said, re.MULTILINE)} <= {row["chosen"] for row in rows}
 
 
 def test_a_resumed_run_still_compares_with_the_start(tmp_path):

@@ -1,27 +1,42 @@
 """Talk to a trained model: python tests/bench/chat.py output/Qwen2-0.5B-dpo
 
-Each line is a turn of one conversation; an empty line or the end of the input ends it. A model without a chat
-template gets the text as it is, and continues it. Answers are greedy: the likeliest token each time.
+Each line is a turn of one conversation. "/new" begins another conversation; an empty line or the end of the
+input ends the program. A model without a chat template, or any model with --text, gets the line as it is and
+continues it. Answers are greedy: the likeliest token each time.
 """
 
-import sys
+import argparse
 from pathlib import Path
 
 from transformers import pipeline
 
 
-def main(folder: str = "") -> None:
-    if not any(Path(folder, name).exists() for name in ("config.json", "adapter_config.json")):
-        raise SystemExit(f"{folder or '(nothing)'} is not the directory of a trained model\n\n{__doc__}")
-    generate, messages = pipeline("text-generation", folder), []
-    print("an empty line ends the conversation")
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("folder", help="the directory of a trained model or adapter")
+    parser.add_argument("--text", action="store_true", help="do not use the chat template")
+    parser.add_argument("--max_new_tokens", type=int, default=256, help="tokens of an answer, at most [256]")
+    args = parser.parse_args()
+    if not any(Path(args.folder, name).exists() for name in ("config.json", "adapter_config.json")):
+        parser.error(f"{args.folder} is not the directory of a trained model")
+    generate, messages = pipeline("text-generation", args.folder), []
+    options = {"max_new_tokens": args.max_new_tokens, "do_sample": False}
+    is_chat = generate.tokenizer.chat_template is not None and not args.text
+    print(
+        "/new begins another conversation, an empty line ends the program"
+        if is_chat
+        else "a text to continue:"
+    )
     while text := ask():
-        if generate.tokenizer.chat_template is None:
-            print(generate(text, max_new_tokens=256, do_sample=False)[0]["generated_text"])
-            continue
-        messages.append({"role": "user", "content": text})
-        messages = generate(messages, max_new_tokens=256, do_sample=False)[0]["generated_text"]
-        print(messages[-1]["content"])
+        if not is_chat:
+            print(generate(text, **options)[0]["generated_text"])
+        elif text == "/new":
+            messages = []
+        else:
+            messages = generate([*messages, {"role": "user", "content": text}], **options)[0][
+                "generated_text"
+            ]
+            print(messages[-1]["content"])
 
 
 def ask() -> str:
@@ -32,4 +47,4 @@ def ask() -> str:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main()
