@@ -85,7 +85,7 @@ class Batch:
     # The same tokens for the fast forward pass, from `pack`. With an encoder there are none.
     packed_inputs: dict[str, Tensor] | None = None
     packed_index: Tensor | None = None
-    spans: list[list[int]] | None = None
+    packed_lengths: list[list[int]] | None = None
     global_tokens: dict[str, int] | None = None  # tokens in the global batch: of prompts, chosen, rejected
     rows: np.ndarray | None = None  # (B,) row numbers of the pairs in the dataset
 
@@ -112,7 +112,7 @@ def token_logps(model, batch: Batch, *, of: Callable[[Tensor, Tensor], Tensor] =
     rows, columns = batch.padded_index  # of the N labels that are scored
     weight = None
     if model.forward_pass == "packed":
-        outputs = model.get_decoder()(**batch.packed_inputs, spans=batch.spans, use_cache=False)
+        outputs = model.get_decoder()(**batch.packed_inputs, lengths=batch.packed_lengths, use_cache=False)
         hidden = outputs.last_hidden_state[0, batch.packed_index] * logit_scale(model)  # (N, D)
         weight = model.get_output_embeddings().weight
     else:  # "padded" and "encoded once" keep all logits. FSDP's hooks have run already: not model(...)
@@ -183,10 +183,10 @@ def copy_to(device: torch.device, tensor: Tensor) -> Tensor:
 def pack(examples: list[tuple], scored: Tensor) -> dict:
     """The fields of Batch for the fast forward pass: all tokens in one row, without padding."""
     # For the picture of Batch, it is p1 p2 c1 c2 r1 q1 c1 r1 r2: T tokens, and each prompt once.
-    ids, positions, spans, places = [], [], [], []
+    ids, positions, lengths, places = [], [], [], []
     for prompt, *completions in examples:
         start, prompt_end = len(ids), len(ids) + len(prompt)
-        spans.append([start, prompt_end])
+        lengths.append([len(prompt), *(len(completion) - 1 for completion in completions)])
         ids += prompt
         positions += range(len(prompt))
         for completion in completions:
@@ -194,37 +194,43 @@ def pack(examples: list[tuple], scored: Tensor) -> dict:
             places.append(torch.tensor([*range(start, prompt_end), *range(len(ids), end)]))
             ids += completion[:-1]
             positions += range(len(prompt), len(prompt) + len(completion) - 1)
-            spans[-1].append(end)
     # A mask that is ignored: given None, transformers would make one of T * T entries.
     inputs = {"input_ids": ids, "position_ids": positions, "attention_mask": [[[True]]]}
     places = pad_sequence(places, batch_first=True)  # (2B, L): where in the row the tokens of a batch are
     return {
         "packed_inputs": {name: torch.tensor([value]) for name, value in inputs.items()},  # (1, T)
-        "spans": spans,  # of each pair: where in the row its prompt, chosen and rejected begin, and the end
+        "packed_lengths": lengths,  # of each pair: how many tokens of prompt, chosen, rejected are in the row
         "packed_index": places[: len(scored)][scored],  # (N,) places in the row that predict these labels
     }
 
 
-def packed_attention(module, query, key, value, mask, *, spans=None, **options):
+def packed_attention(module, query, key, value, mask, *, lengths=None, **options):
     """Attention within each prompt and completion of the row: (1, heads, T, size) -> (1, T, heads, size)."""
-    # A completion attends to its prompt and to itself. Prompt and chosen completion are one causal call. A
-    # copy of the prompt and the rejected completion are another one, whose completion part is kept.
-    if spans is None:  # an ordinary call, such as one from generate()
+    # A completion attends to its prompt and to itself. Prompt and first completion are one causal call. Every
+    # other completion has its own call, in which the keys and values of the prompt come first.
+    if lengths is None:  # an ordinary call, such as one from generate()
         return sdpa_attention_forward(module, query, key, value, mask, **options)
 
-    def causal(*qkv: Tensor) -> Tensor:
-        length, window, mask = qkv[0].shape[2], options.get("sliding_window"), None
-        if window and window < length:
-            mask = torch.ones(length, length, dtype=torch.bool, device=query.device).tril().triu(1 - window)
-        return sdpa_attention_forward(module, *qkv, mask, **options | {"is_causal": True})[0]
+    def causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # the queries belong to the last of the keys
+        before, window = k.shape[2] - q.shape[2], options.get("sliding_window") or k.shape[2]
+        if before > q.shape[2] or window < k.shape[2]:
+            mask = torch.ones(1, 1, q.shape[2], k.shape[2], dtype=torch.bool, device=q.device)
+            mask = mask.tril(before).triu(before + 1 - window)
+            return sdpa_attention_forward(module, q, k, v, mask, **options)[0]
+        # Queries of zeros for the prompt: where they are fewer than the others, this is faster than a mask.
+        q = torch.nn.functional.pad(q, (0, 0, before, 0)) if before else q
+        return sdpa_attention_forward(module, q, k, v, None, **options | {"is_causal": True})[0][:, before:]
 
     results = []
-    for start, prompt_end, *ends in spans:
-        results.append(causal(*(x[:, :, start : ends[0]] for x in (query, key, value))))
-        for begin, end in zip(ends, ends[1:], strict=False):
-            if end > begin:  # a completion of one token is only a label
-                parts = [(x[:, :, start:prompt_end], x[:, :, begin:end]) for x in (query, key, value)]
-                results.append(causal(*(torch.cat(part, dim=2) for part in parts))[:, prompt_end - start :])
+    sizes = [size for prompt, first, *others in lengths for size in (prompt + first, *others)]
+    parts = zip(*(x.split(sizes, dim=2) for x in (query, key, value)), strict=True)
+    for prompt, _, *others in lengths:
+        q, *first_kv = next(parts)
+        results.append(causal(q, *first_kv))
+        for length, (q, *kv) in zip(others, parts, strict=False):
+            if length:  # a completion of one token is only a label
+                kv = [torch.cat([x[:, :, :prompt], y], dim=2) for x, y in zip(first_kv, kv, strict=True)]
+                results.append(causal(q, *kv))
     return torch.cat(results, dim=1), None
 
 

@@ -91,7 +91,7 @@ def test_the_batch_is_the_picture_of_its_docstring():
     assert batch.completions.int().tolist() == [[0, 1, 1, 1], [0, 1, 1, 0], [1, 1, 0, 0], [1, 1, 1, 0]]
     assert batch.packed_inputs["input_ids"].tolist() == [[p1, p2, c1, c2, r1, q1, c1, r1, r2]]
     assert batch.packed_inputs["position_ids"].tolist() == [[0, 1, 2, 3, 2, 0, 1, 1, 2]]
-    assert batch.spans == [[0, 2, 4, 5], [5, 6, 7, 9]]
+    assert batch.packed_lengths == [[2, 2, 1], [1, 1, 2]]
 
 
 @pytest.mark.parametrize("forward_pass", ["packed", "padded"])

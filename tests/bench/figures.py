@@ -150,13 +150,15 @@ def packed(folder: Path) -> None:
     tokens = [words[i] for i in batch.packed_inputs["input_ids"][0]]
     predictions = list(zip(batch.packed_index, batch.labels[*batch.padded_index], strict=True))
     colors = []
-    for start, *ends in batch.spans:
-        for color, begin, end in zip(KINDS.values(), [start, *ends], ends, strict=False):
-            colors += [color] * (end - begin)
+    for lengths in batch.packed_lengths:
+        for color, length in zip(KINDS.values(), lengths, strict=True):
+            colors += [color] * length
     # Queries and keys are 0, so the result for a token is the mean of all values that it attends to.
     zeros, values = torch.zeros(1, 1, len(tokens), len(tokens)), torch.eye(len(tokens))[None, None]
     module = SimpleNamespace(is_causal=True)
-    means, _ = packed_attention(module, zeros, zeros, values, None, spans=batch.spans)  # (1, T, 1, T)
+    means, _ = packed_attention(
+        module, zeros, zeros, values, None, lengths=batch.packed_lengths
+    )  # (1, T, 1, T)
 
     title = "Two pairs are one row of tokens: each completion attends to its own prompt and to itself only."
     figure, (axes,) = panels(title, height=6.6)
