@@ -1,9 +1,10 @@
 """Two versions of this project against each other: python tests/bench/compare.py TREE_A TREE_B METHOD
 
-A tree is a checkout. A process for each takes training steps of step.py's "ours", with the code of its tree
-and the same model and pairs, in turn: A B, B A and so on. Prints loss and gradient norm of the first step,
-which have to agree, and how long a step of B takes, by A's: the median and its 95% confidence interval.
-With --memory it is the peak memory of three steps, in 5 processes of each: the median, least and most.
+A tree is a checkout. A process for each takes training steps of step.py's "ours", with the code of its tree,
+the same model, and the same pairs, new ones in every step, in turn: A B, B A and so on. Prints loss and
+gradient norm of the first step, which have to agree, and how long a step of B takes, by A's: the median and
+its 95% confidence interval. With --memory it is the peak memory of three steps, in 5 processes of each: the
+median, least and most.
 
 Where a process happens to have its memory can make it some percent faster or slower than another one with
 the same code, all along. The interval knows of that only with several --rounds, each in new processes.
@@ -16,6 +17,7 @@ import sys
 import tempfile
 import time
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -34,27 +36,30 @@ def load(tree: Path):
     return step
 
 
-def prepare(tree: Path, folder: str, n: int, lengths: str) -> list[dict]:
-    """Save the model that both train, and make the pairs, as step.py does."""
+def prepare(tree: Path, folder: str) -> None:
+    """Save the model that both train, as step.py does."""
     step = load(tree)
     config = step.SIZES["small"]
     step.torch.manual_seed(0)
     model = step.AutoModelForCausalLM.from_config(step.Qwen2Config(**config, tie_word_embeddings=True))
     model.generation_config = step.GenerationConfig(eos_token_id=config["vocab_size"], pad_token_id=0)
     model.save_pretrained(folder)
-    return step.make_pairs(n, lengths, config["vocab_size"])
 
 
-def work(pipe, tree: Path, *contestant) -> None:
+def work(pipe, tree: Path, lengths: str, *job) -> None:
     """What a process does: a step, or the measurement of memory, whenever it is told to."""
     sys.stdout = sys.stderr
     step = load(tree)
-    contestant = step.Contestant("ours", *contestant)
+    contestant, steps = step.Contestant("ours", *job), 0
+    draw = partial(step.make_pairs, contestant.pairs, lengths, step.SIZES["small"]["vocab_size"])
     pipe.send("ready")
     while order := pipe.recv():
+        if order == "step":
+            contestant.prepare(draw(seed=steps))
         start = time.perf_counter()
-        result = contestant.step() if order == "step" else step.peak_memory(contestant)
+        result = contestant.step() if order == "step" else step.peak_memory(contestant, draw)
         pipe.send((result, time.perf_counter() - start))
+        steps += 1
 
 
 @contextmanager
@@ -110,8 +115,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         # On Linux the peak memory of a process starts with that of its parent: this one has to stay small.
         with SPAWN.Pool(1) as pool:
-            pairs = pool.apply(prepare, (trees[0], folder, args.pairs, args.lengths))
-        job = (args.method, folder, pairs, args.size)
+            pool.apply(prepare, (trees[0], folder))
+        job = (args.lengths, args.method, folder, args.pairs, args.size)
         for i in range(rounds):
             with worker(trees[0], *job) as a, worker(trees[1], *job) as b:
                 for j in range(turns):

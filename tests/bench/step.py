@@ -1,7 +1,8 @@
 """Training steps against TRL's: python tests/bench/step.py METHOD [--lengths chat] [--steps 10]
 
 The same model (random weights), pairs, batch, precision and optimizer; steps of ours and of TRL's in turn,
-in one process. Prints loss and gradient norm of each, which have to agree, and how long a step takes. METHOD
+in one process, every step on new pairs. Prints loss and gradient norm of each, which have to agree, and how
+long a step takes. METHOD
 is dpo, precomputed (DPO, reference log-probabilities known), cpo, simpo, orpo, which need `pip install
 .[bench]` (TRL 1.16), or xpo (the training part of a step), generation (XPO's), which need TRL 1.13, the last
 release with an XPO trainer. The contestants:
@@ -76,19 +77,18 @@ def make_pairs(n: int, lengths: str, vocabulary: int, seed: int = 0) -> list[dic
 
 
 class Contestant:
-    """A model with its optimizer: step() takes a training step on all pairs; (loss, gradient norm)."""
+    """A model with its optimizer. After prepare(pairs), step() takes a training step on these pairs.
 
-    def __init__(
-        self, name, method, folder: str, pairs: list[dict], size: int, lora=False, loss_type="sigmoid"
-    ):
-        self.pairs, self.size, self.lora, self.loss_type = pairs, size, lora, loss_type
-        self.wins = {id(pair): i % 2 == 0 for i, pair in enumerate(pairs)}  # for XPO, whatever the order
+    What step() returns is (loss, gradient norm). `pairs`, the number of pairs of a step, is the same always.
+    """
+
+    def __init__(self, name, method, folder: str, pairs: int, size: int, lora=False, loss_type="sigmoid"):
+        self.pairs, self.size, self.lora, self.loss_type, self.name = pairs, size, lora, loss_type, name
         if name in ("ours", "lean"):
             self.begin_ours(method, folder, name == "lean")
             return
         self.checkpointing = name == "trl"
         if name == "best":
-            self.pairs = sorted(pairs, key=lambda pair: sum(map(len, pair.values())))
             if method in ("dpo", "precomputed"):
                 import trl.trainer.utils
 
@@ -119,9 +119,9 @@ class Contestant:
             use_peft=self.lora,
             dataset_name="none",
             output_dir=f"{folder}/ours",
-            batch_size=len(self.pairs),
+            batch_size=self.pairs,
             per_device_train_batch_size=self.size,
-            per_device_eval_batch_size=len(self.pairs),
+            per_device_eval_batch_size=self.pairs,
             max_new_tokens=NEW_TOKENS,
             gradient_checkpointing=checkpointing,
             **options,
@@ -131,38 +131,40 @@ class Contestant:
         self.optimizer, reference = common.adamw(self.model, args), None
         if script in (dpo, xpo):
             reference = common.load_reference(None, self.model, args, device)
-        parts = ("prompt", "chosen", "rejected")
-        lengths = np.array([[len(pair[part]) for part in parts] for pair in self.pairs])
-        tokens = datasets.Dataset.from_list(self.pairs)
-        data = common.Data(tokens, tokens, lengths, score_prompts=method == "orpo")
         reference_logps = partial(dpo.frozen_logps, reference, args)
-        if method == "precomputed":
-            batches = common.micro_batches(data, np.arange(len(lengths)), self.size, device)
-            table, reference = torch.cat([reference_logps(batch) for batch in batches]), None
 
-            def reference_logps(batch: common.Batch) -> torch.Tensor:
-                return table[batch.rows]
-
-        rows = lengths.sum(1).argsort(kind="stable")
+        def prepare(pairs: list[dict]) -> None:
+            parts = ("prompt", "chosen", "rejected")
+            lengths = np.array([[len(pair[part]) for part in parts] for pair in pairs])
+            tokens = datasets.Dataset.from_list(pairs)
+            self.prompts = [pair["prompt"] for pair in pairs]
+            self.data = common.Data(tokens, tokens, lengths, score_prompts=method == "orpo")
+            self.reference_logps = reference_logps
+            if method == "precomputed":
+                batches = common.micro_batches(self.data, np.arange(len(lengths)), self.size, device)
+                table = torch.cat([reference_logps(batch) for batch in batches])
+                self.reference_logps = lambda batch: table[batch.rows]
 
         def losses():
-            for batch in common.micro_batches(data, rows, self.size, device):
+            rows = self.data.lengths.sum(1).argsort(kind="stable")
+            for batch in common.micro_batches(self.data, rows, self.size, device):
                 if script is xpo:  # chosen and rejected stand for the samples of policy and reference
                     wins = torch.from_numpy(batch.rows % 2 == 0).to(device)
                     yield xpo.loss_and_metrics(self.model, reference, batch, wins, args, epoch=0)[0]
                 elif script is dpo:
-                    yield dpo.loss_and_metrics(self.model, reference_logps, batch, args, torch.zeros(2))[0]
+                    bco_rewards = torch.zeros(2)
+                    yield dpo.loss_and_metrics(self.model, self.reference_logps, batch, args, bco_rewards)[0]
                 else:
                     yield script.loss_and_metrics(self.model, batch, args)[0]
 
         def generate():
-            prompts, tokenizer = [pair["prompt"] for pair in self.pairs], SimpleNamespace(pad_token_id=0)
-            common.generate(self.model, tokenizer, prompts, args, **xpo.sampling(args))
+            tokenizer = SimpleNamespace(pad_token_id=0, eos_token_id=None)
+            common.generate(self.model, tokenizer, self.prompts, args, **xpo.sampling(args))
             with reference() as model:
-                common.generate(model, tokenizer, prompts, args, **xpo.sampling(args))
+                common.generate(model, tokenizer, self.prompts, args, **xpo.sampling(args))
             return 0.0, 0.0
 
-        self.losses = losses
+        self.prepare, self.losses = prepare, losses
         if method == "generation":
             self.step = generate
 
@@ -183,7 +185,6 @@ class Contestant:
 
             options |= {"loss_type": [self.loss_type]}
             trainer = DPOTrainer(self.model, args=DPOConfig(**options), **data)
-            rows = [{f"{part}_ids": ids for part, ids in pair.items()} for pair in self.pairs]
         else:
             from trl.experimental.cpo import CPOConfig, CPOTrainer
             from trl.experimental.orpo import ORPOConfig, ORPOTrainer
@@ -193,40 +194,52 @@ class Contestant:
             if method == "simpo":
                 options |= dict(loss_type="simpo", cpo_alpha=0.0, beta=2.5, simpo_gamma=1.375)
             trainer = kind(self.model, args=config(**options), **data)
-            rows = []
-            for pair in self.pairs:
-                row = {"prompt": "", "chosen": "", "rejected": "", "prompt_input_ids": pair["prompt"]}
-                row["prompt_attention_mask"] = [1] * len(pair["prompt"])
-                for side in ("chosen", "rejected"):
-                    ids = pair["prompt"] + pair[side]
-                    row[f"{side}_input_ids"], row[f"{side}_attention_mask"] = ids, [1] * len(ids)
-                    row[f"{side}_labels"] = [-100] * len(pair["prompt"]) + pair[side]
-                rows.append(row)
         self.model.train()
         if self.checkpointing:  # as Trainer.train() does
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
         else:
             self.model.gradient_checkpointing_disable()
-        if method == "precomputed":
-            for start in range(0, len(rows), self.size):
-                part = rows[start : start + self.size]
-                batch = trainer._prepare_inputs(trainer.data_collator(part))
-                chosen, rejected = trainer.compute_ref_log_probs(trainer.ref_model, batch)
-                for row, y_w, y_l in zip(part, chosen.tolist(), rejected.tolist(), strict=True):
-                    row |= {"ref_chosen_logps": y_w, "ref_rejected_logps": y_l}
-            trainer.precompute_ref_logps, trainer.ref_model = True, None
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self.optimizer = torch.optim.AdamW(trained, lr=1e-6, weight_decay=0.0, fused=True)
+        reference = getattr(trainer, "ref_model", None)
+
+        def row_of(pair: dict) -> dict:
+            if method in ("dpo", "precomputed"):
+                return {f"{part}_ids": ids for part, ids in pair.items()}
+            row = {"prompt": "", "chosen": "", "rejected": "", "prompt_input_ids": pair["prompt"]}
+            row["prompt_attention_mask"] = [1] * len(pair["prompt"])
+            for side in ("chosen", "rejected"):
+                ids = pair["prompt"] + pair[side]
+                row[f"{side}_input_ids"], row[f"{side}_attention_mask"] = ids, [1] * len(ids)
+                row[f"{side}_labels"] = [-100] * len(pair["prompt"]) + pair[side]
+            return row
+
+        def batches():
+            for start in range(0, len(self.rows), self.size):
+                part = self.rows[start : start + self.size]
+                yield part, trainer._prepare_inputs(trainer.data_collator(part))
+
+        def prepare(pairs: list[dict]) -> None:
+            self.rows = [row_of(pair) for pair in self.in_order(pairs)]
+            if method == "precomputed":
+                trainer.precompute_ref_logps, trainer.ref_model = False, reference
+                for part, batch in batches():
+                    chosen, rejected = trainer.compute_ref_log_probs(trainer.ref_model, batch)
+                    for row, y_w, y_l in zip(part, chosen.tolist(), rejected.tolist(), strict=True):
+                        row |= {"ref_chosen_logps": y_w, "ref_rejected_logps": y_l}
+                trainer.precompute_ref_logps, trainer.ref_model = True, None
 
         def losses():
-            for start in range(0, len(rows), self.size):
-                part = rows[start : start + self.size]
-                batch = trainer._prepare_inputs(trainer.data_collator(part))
+            for part, batch in batches():
                 with trainer.compute_loss_context_manager():
                     loss = trainer.compute_loss(trainer.model, batch)
-                yield loss * len(part) / len(rows)
+                yield loss * len(part) / len(self.rows)
 
-        self.losses = losses
+        self.prepare, self.losses = prepare, losses
+
+    def in_order(self, pairs: list[dict]) -> list[dict]:
+        """TRL's best has pairs of similar length together; by default their order is random."""
+        return sorted(pairs, key=lambda pair: sum(map(len, pair.values()))) if self.name == "best" else pairs
 
     def begin_trl_xpo(self, method: str, folder: str) -> None:
         """The training part of a step of TRL 1.13: its log-probabilities and loss."""
@@ -269,25 +282,29 @@ class Contestant:
             ids, mask = torch.tensor(ids, device=DEVICE), torch.tensor(mask, device=DEVICE)
             return {"input_ids": ids, "attention_mask": mask}
 
+        def prepare(pairs: list[dict]) -> None:
+            self.wins = {id(pair): i % 2 == 0 for i, pair in enumerate(pairs)}  # in whatever order
+            self.rows = self.in_order(pairs)
+
         def losses():
-            for start in range(0, len(self.pairs), self.size):
-                part = self.pairs[start : start + self.size]
+            for start in range(0, len(self.rows), self.size):
+                part = self.rows[start : start + self.size]
                 length = max(len(pair["prompt"]) for pair in part)
                 data = [padded(part, side, prompt_length=length) for side in ("chosen", "rejected")]
                 with accelerator.autocast():
                     logps = XPOTrainer._compute_logprobs(trainer, self.model, *data, length)
                 policy_wins = torch.tensor([self.wins[id(pair)] for pair in part], device=DEVICE)
                 loss, _, _ = XPOTrainer._compute_losses(trainer, *logps, policy_wins)
-                yield loss * len(part) / len(self.pairs)
+                yield loss * len(part) / len(self.rows)
 
         def generate():
-            length = max(len(pair["prompt"]) for pair in self.pairs)
-            prompts = padded(self.pairs, prompt_length=length)
+            length = max(len(pair["prompt"]) for pair in self.rows)
+            prompts = padded(self.rows, prompt_length=length)
             with torch.no_grad(), accelerator.autocast():
                 XPOTrainer._generate_completions(trainer, prompts, self.model)
             return 0.0, 0.0
 
-        self.losses = losses
+        self.prepare, self.losses = prepare, losses
         if method == "generation":
             self.step = generate
 
@@ -313,10 +330,7 @@ def main() -> None:
     args = parser.parse_args()
     transformers.utils.logging.set_verbosity_error()
     config = SIZES[args.model] | ({"vocab_size": args.vocabulary} if args.vocabulary else {})
-    pairs = make_pairs(args.pairs, args.lengths, config["vocab_size"])
-    tokens = sum(len(part) for pair in pairs for part in pair.values())
-    if args.method == "generation":
-        tokens = 2 * NEW_TOKENS * len(pairs)
+    draw = partial(make_pairs, args.pairs, args.lengths, config["vocab_size"])  # of a seed
     with tempfile.TemporaryDirectory() as folder:
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(Qwen2Config(**config, tie_word_embeddings=True))
@@ -324,7 +338,7 @@ def main() -> None:
         model.generation_config = GenerationConfig(eos_token_id=config["vocab_size"], pad_token_id=0)
         model.save_pretrained(folder)
         del model
-        options = args.size, args.lora, args.loss_type
+        options = args.pairs, args.size, args.lora, args.loss_type
         if args.lora:
             import peft
 
@@ -334,20 +348,25 @@ def main() -> None:
             model.save_pretrained(ADAPTER.format(folder))
             del model
         if args.memory:
-            contestant = Contestant(args.memory, args.method, folder, pairs, *options)
-            gib = peak_memory(contestant)
+            contestant = Contestant(args.memory, args.method, folder, *options)
+            gib = peak_memory(contestant, draw)
             print(json.dumps({"gib": gib}) if args.json else f"{args.memory}: {gib:.2f} GiB")
             return
         if args.profile:
-            contestant = Contestant(args.profile, args.method, folder, pairs, *options)
-            seconds = profile(contestant, config["vocab_size"])
+            contestant = Contestant(args.profile, args.method, folder, *options)
+            seconds = profile(contestant, draw, config["vocab_size"])
             print(json.dumps(seconds) if args.json else seconds)
             return
-        contestants = {name: Contestant(name, args.method, folder, pairs, *options) for name in args.names}
+        contestants = {name: Contestant(name, args.method, folder, *options) for name in args.names}
         times = {name: [] for name in contestants}
         first, differences = {}, dict.fromkeys(contestants, 0.0)
+        tokens = 0
         for i in range(args.steps + 2):
+            pairs = draw(seed=i)
+            if i >= 2:
+                tokens += sum(len(part) for pair in pairs for part in pair.values()) / args.steps
             for name, contestant in contestants.items():
+                contestant.prepare(pairs)
                 start = time.perf_counter()
                 result = contestant.step()
                 seconds = time.perf_counter() - start
@@ -360,14 +379,15 @@ def main() -> None:
                 if i >= 2:
                     times[name].append(seconds)
     results = {}
+    tokens = 2 * NEW_TOKENS * args.pairs if args.method == "generation" else tokens
     for name, seconds in times.items():
         ratios = [b / a for a, b in zip(times[args.names[0]], seconds, strict=True)]
         results[name] = {
             "loss": first[name][0],
             "grad_norm": first[name][1],
             "difference": differences[name],
-            "pairs_per_second": args.pairs / statistics.median(seconds),
-            "tokens_per_second": tokens / statistics.median(seconds),
+            "pairs_per_second": args.pairs / statistics.mean(seconds),
+            "tokens_per_second": tokens / statistics.mean(seconds),
             "times_as_long": statistics.median(ratios),
             "quartiles": statistics.quantiles(ratios, n=4)[::2],
         }
@@ -384,22 +404,27 @@ def main() -> None:
         )
 
 
-def peak_memory(contestant: Contestant) -> float:
+def peak_memory(contestant: Contestant, draw) -> float:
     """GiB that three steps need more than there was before the first."""
+    steps = [draw(seed=i) for i in range(3)]
+    contestant.prepare(steps[0])
     if DEVICE.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        for _ in range(3):
+        for pairs in steps:
+            contestant.prepare(pairs)
             contestant.step()
         return (torch.cuda.max_memory_allocated() - before) / 2**30
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    for _ in range(3):
+    for pairs in steps:
+        contestant.prepare(pairs)
         contestant.step()
     return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**20
 
 
-def profile(contestant: Contestant, vocabulary: int, steps: int = 5) -> dict[str, float]:
+def profile(contestant: Contestant, draw, vocabulary: int, steps: int = 5) -> dict[str, float]:
     """Seconds of a step by kind of operation, and all of them, `step`, which Python's own are a part of."""
+    contestant.prepare(draw(seed=0))
     contestant.step()
     with torch.profiler.profile(record_shapes=True) as profiler:
         start = time.perf_counter()
