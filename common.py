@@ -360,6 +360,9 @@ def load_data(args: Arguments, tokenizer, completions=("chosen", "rejected"), *,
         say(f"columns that are not used: {', '.join(unused)}")
     if tokenizer.chat_template and isinstance(split_prompt(train.raw[0])[0], str):
         say('warning: texts get no chat template; messages do: "prompt": [{"role": "user", "content": ...}]')
+        bos, is_first = tokenizer.bos_token, train.tokens[0]["prompt"][:1] == [tokenizer.bos_token_id]
+        if bos and "bos_token" in str(tokenizer.chat_template) and not is_first:
+            say(f"warning: the chat template begins with {bos}, which these texts lack: write it before them")
     example = [f"{name} {SHORT.repr(tokenizer.decode(ids))}" for name, ids in train.tokens[0].items()]
     say(f"the first row: {'  '.join(example)}")
     digest = hashlib.sha256(b"".join(split.lengths.tobytes() for split in data))
@@ -394,7 +397,7 @@ def read_splits(args: Arguments, columns: tuple) -> dict[str, datasets.Dataset]:
     for name in train:
         splits[name] = splits[name].select(range(len(splits[name]))[: args.max_train_samples])
     names = train + test if args.eval_strategy != "no" else train
-    with one_line("--rename_columns"):
+    with one_line("--rename_columns old=new"):
         return {name: splits[name].rename_columns(new_names) for name in names}
 
 
@@ -666,9 +669,7 @@ def global_batches(data: Data, args: Arguments) -> np.ndarray:
         fail(f"{world} processes need at least {world} rows; there are {rows}")
     per_epoch = rows // size
     steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * per_epoch - 1e-9)
-    few = (
-        "; so few change little: see --num_train_epochs, --batch_size, --learning_rate" if steps < 20 else ""
-    )
+    few = "; few change little: aim at 100, by --num_train_epochs or a smaller --batch_size" * (steps < 20)
     say(f"training: {steps} steps, each of {size} of the {rows} rows{few}")
     for epoch in range(math.ceil(steps / per_epoch)):
         order = np.random.default_rng((args.seed, epoch)).permutation(rows)[: per_epoch * size]
@@ -704,14 +705,14 @@ def fail(message: str, *, alone: bool = False) -> NoReturn:
 
 
 @contextmanager
-def one_line(what: str) -> Iterator[None]:
+def one_line(what: str, *, alone: bool = False) -> Iterator[None]:
     """Turn an exception in the block into fail(what: ...)."""
     try:
         yield
     except (Exception, dcp.CheckpointException) as error:  # the latter is no Exception
         if isinstance(error, datasets.exceptions.DatasetGenerationError):
             error = error.__cause__ or error  # it only says that an error occurred
-        fail(f"{what}: {first_line(error)}")
+        fail(f"{what}: {first_line(error)}", alone=alone)
 
 
 def first_line(error: BaseException) -> str:
@@ -1191,6 +1192,8 @@ class Log:
         for name, now in metrics.items():
             before = math.nan if (x := first.get(f"eval_{name}")) is None else x  # None: it was not finite
             lines.append(f"    {name:<36}{before:12.4g}" + f"{now:12.4g}" * (step > 0))
+        if samples:
+            lines.append(f"    greedy answers, of {len(samples)} completed test prompts (--eval_prompts):")
         hidden = {"step", "row", "greedy", "sampled"}
         for sample in samples[len(samples) // 6 :: max(1, len(samples) // 3)][:3]:
             texts = {"prompt": sample["prompt"], "before": greedy.get(sample["row"])}
@@ -1277,6 +1280,7 @@ def check_output_dir(args: Arguments) -> None:
         fail(f"another run is in {args.output_dir}: {changes}; {ways}")
     if old["finished"]:
         say(f"finished already, in {args.output_dir}; --overwrite_output_dir starts anew")
+        say(f"to train the finished model further: --model_name_or_path {args.output_dir}")
         raise SystemExit(0)
 
 
@@ -1329,7 +1333,8 @@ def save_checkpoint(args, policy, optimizer, step: int, method_state: dict, *, i
                 shutil.rmtree(old)
         dist.barrier()  # wait until the checkpoint is complete
     if interrupted:  # on all processes
-        say(f"interrupted; step {step} is saved; rerun without --overwrite_output_dir to resume")
+        without = ", without --overwrite_output_dir," * args.overwrite_output_dir
+        say(f"interrupted; step {step} is saved; run the same command again{without} to resume")
         dist.destroy_process_group()
         raise SystemExit(128 + signal.SIGTERM)
 

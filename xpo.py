@@ -26,6 +26,7 @@ What to expect: before the first step policy and reference agree, so the rewards
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import math
 import re
 import sys
@@ -202,7 +203,8 @@ def judge_pairs(judge: Callable, prompts: list, texts: list, ended: Tensor) -> t
     """Preferences (B,) of a judge, and no scores. It sees each pair in random order, and favours no model."""
     swapped = (torch.rand(len(prompts)) < 0.5).tolist()
     pairs = [(b, a) if swap else (a, b) for a, b, swap in zip(*texts, swapped, strict=True)]
-    verdicts = judge(prompts, pairs)
+    with common.one_line("the judge failed", alone=True):
+        verdicts = judge(prompts, pairs)
     if len(verdicts) != len(pairs) or not {*verdicts} <= {0, 1, -1, None}:
         common.fail(f"the judge must return {len(pairs)} times 0, 1, -1 or None, not {verdicts}", alone=True)
     for_first = [{0: 1, 1: -1, -1: 0, None: math.nan}[verdict] for verdict in verdicts]
@@ -223,9 +225,10 @@ def load_judge(path: str) -> Callable:
     spec = importlib.util.spec_from_file_location("judge", file)
     module = sys.modules["judge"] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    if not callable(getattr(module, name, None)):
+    if not callable(judge := getattr(module, name, None)):
         raise ValueError(f"there is no function {name} in {file}")
-    return getattr(module, name)
+    inspect.signature(judge).bind([], [])  # or a TypeError: it has to take prompts and pairs
+    return judge
 
 
 class PairRM(DebertaV2PreTrainedModel):
@@ -445,7 +448,7 @@ class Arguments(common.Arguments):
     """XPO's own arguments; those of all methods are in common.py. A pair is a prompt and its two samples."""
 
     reward_model_path: str | None = arg(None, "a sequence classifier with one output: Hub name or directory")
-    judge: str | None = arg(None, "instead of a reward model: file.py:function, pair_rm or pair_rm:PATH")
+    judge: str | None = arg(None, "or a judge: pair_rm, pair_rm:PATH, file.py:function (see load_judge)")
     alpha: list[float] = arg([1e-5], "weight of the exploration bonus: one value, or one per epoch")
     beta: list[float] = arg([0.1], "strength of the tie to the reference: one value, or one per epoch")
     loss_type: str = arg("sigmoid", "sigmoid (DPO) or ipo")

@@ -91,6 +91,7 @@ WRONG = [  # method, flags, what is said
         "nowhere.py is no such file",
     ),
     ("xpo", "--judge nowhere.py:judge", "nowhere.py is no such file"),
+    ("xpo", "--judge {dir}/judge.py:g", "missing a required argument: 'b'"),
     ("xpo", "--judge pair_rm --reward_model_path m", "give one of --reward_model_path and --judge"),
     ("xpo", "--judge pair_rm:{dir}/nowhere", "cannot load {dir}/nowhere, which is not a directory here"),
     ("xpo", "--judge pair_rm:{toy}", "cannot load {toy}: 'DebertaV2Config' object has no attribute"),
@@ -286,7 +287,8 @@ WRONG = [  # method, flags, what is said
 def wrong(tmp_path_factory) -> Path:
     """A directory of files and models with something wrong."""
     folder = tmp_path_factory.mktemp("wrong")
-    (folder / "judge.py").write_text("def f(prompts, pairs): return [0 for _ in pairs]")
+    judges = "def f(prompts, pairs): return [0 for _ in pairs]\ndef g(prompt, a, b): return 0"
+    (folder / "judge.py").write_text(judges)
     chat = {"chosen": CHAT, "rejected": other(CHAT)}
     rows = {
         "columns": {"question": "1", "answer": "a"},

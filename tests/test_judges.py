@@ -432,6 +432,15 @@ def test_what_a_judge_may_return():
             xpo.judge_pairs(lambda prompts, pairs, wrong=wrong: wrong, prompts, texts, ended)
 
 
+def test_a_judge_that_raises_is_one_line_from_every_process(monkeypatch):
+    def judge(prompts, pairs):
+        raise OSError("no judge today")
+
+    monkeypatch.setenv("LOCAL_RANK", "1")  # where only this process fails, no other one can say so
+    with pytest.raises(SystemExit, match="error: the judge failed: no judge today"):
+        xpo.judge_pairs(judge, ["p"], [["y"], ["z"]], torch.ones(1, 2))
+
+
 JUDGE = """
 import json
 from pathlib import Path

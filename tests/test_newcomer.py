@@ -93,7 +93,9 @@ def test_a_batch_has_no_more_pairs_than_there_are(tmp_path, capsys):
     train, _ = load(write(tmp_path / "pairs.jsonl", numbered(5)))
     batches = common.global_batches(train, Arguments(batch_size=64, num_train_epochs=3))
     said = capsys.readouterr().out
-    assert batches.shape == (3, 5) and "3 steps, each of 5 of the 5 rows; so few change little" in said
+    assert (
+        batches.shape == (3, 5) and "3 steps, each of 5 of the 5 rows; few change little: aim at 100" in said
+    )
     assert common.global_batches(train, Arguments(batch_size=5, max_steps=20)).shape == (20, 5)
     assert "20 steps, each of 5 of the 5 rows\n" in capsys.readouterr().out
 
@@ -268,6 +270,15 @@ def test_what_is_cut_is_counted(tmp_path, capsys):
     load(tmp_path / "pairs.jsonl", max_length=8, truncate_prompt=True)
     said = capsys.readouterr().out
     assert "dropped: the prompt" not in said and "2 of 4 rows (50.0%) of the train split are cut" in said
+
+
+@pytest.mark.parametrize("bos", ["", "<s>"])
+def test_texts_that_lack_the_bos_token_of_the_template_are_said(tmp_path, capsys, bos):
+    load(write(tmp_path / "pairs.jsonl", [pair(f"{bos}1", "one", "two")]))
+    said = capsys.readouterr().out
+    assert ("the chat template begins with <s>, which these texts lack" in said) == (not bos)
+    load(write(tmp_path / "chat.jsonl", [CHAT]))  # the template writes it
+    assert "lack" not in capsys.readouterr().out
 
 
 def test_texts_that_the_tokenizer_does_not_know_are_counted(tmp_path, capsys):

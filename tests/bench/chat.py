@@ -18,15 +18,16 @@ def main() -> None:
     parser.add_argument("--max_new_tokens", type=int, default=256, help="tokens of an answer, at most [256]")
     args = parser.parse_args()
     if not any(Path(args.folder, name).exists() for name in ("config.json", "adapter_config.json")):
-        parser.error(f"{args.folder} is not the directory of a trained model")
+        parser.error(f"{args.folder} is not the directory of a trained model; an unfinished run has none yet")
     generate, messages = pipeline("text-generation", args.folder), []
     options = {"max_new_tokens": args.max_new_tokens, "do_sample": False}
     is_chat = generate.tokenizer.chat_template is not None and not args.text
-    print(
-        "/new begins another conversation, an empty line ends the program"
+    how = (
+        "each line is a turn of one conversation; /new begins another one"
         if is_chat
-        else "a text to continue:"
+        else "a text to continue"
     )
+    print(f"{how}; an empty line ends the program")
     while text := ask():
         if not is_chat:
             print(generate(text, **options)[0]["generated_text"])

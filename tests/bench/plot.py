@@ -13,7 +13,7 @@ PANELS = {  # title: metrics
     "loss": ["loss"],
     "margin": ["rewards/margins"],
     "accuracy": ["rewards/accuracies"],
-    "log π(chosen) and, dotted, log π(rejected)": ["logps/chosen", "logps/rejected"],
+    "log π(chosen) and, dotted line and rings, log π(rejected)": ["logps/chosen", "logps/rejected"],
 }
 
 
@@ -40,7 +40,9 @@ def draw(folders: list[Path], out: Path) -> None:
                 panel.plot(
                     *read(folder, name), style, color=f"C{i}", label=folder.name if style == "-" else None
                 )
-                panel.plot(*read(folder, f"eval_{name}"), "o", color=f"C{i}", markersize=5)
+                filled = {} if style == "-" else {"markerfacecolor": "none"}
+                panel.plot(*read(folder, f"eval_{name}"), "o", color=f"C{i}", markersize=5, **filled)
+    axes[0, 0].plot([], [], "o", color="black", label="held-out pairs")
     axes[0, 0].legend()
     figure.savefig(out, dpi=150)
     print(out)
