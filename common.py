@@ -112,7 +112,8 @@ def token_logps(model, batch: Batch, *, of: Callable[[Tensor, Tensor], Tensor] =
     rows, columns = batch.padded_index  # of the N labels that are scored
     weight = None
     if model.forward_pass == "packed":
-        outputs = model.get_decoder()(**batch.packed_inputs, lengths=batch.packed_lengths, use_cache=False)
+        lengths = torch.tensor(batch.packed_lengths)  # for a list, layers would be compiled anew
+        outputs = model.get_decoder()(**batch.packed_inputs, lengths=lengths, use_cache=False)
         hidden = outputs.last_hidden_state[0, batch.packed_index] * logit_scale(model)  # (N, D)
         weight = model.get_output_embeddings().weight
     else:  # "padded" and "encoded once" keep all logits. FSDP's hooks have run already: not model(...)
@@ -204,6 +205,7 @@ def pack(examples: list[tuple], scored: Tensor) -> dict:
     }
 
 
+@torch.compiler.disable  # it is a loop over pairs, and would be compiled anew for every number of them
 def packed_attention(module, query, key, value, mask, *, lengths=None, **options):
     """Attention within each prompt and completion of the row: (1, heads, T, size) -> (1, T, heads, size)."""
     # A completion attends to its prompt and to itself. Prompt and first completion are one causal call. Every
@@ -222,6 +224,7 @@ def packed_attention(module, query, key, value, mask, *, lengths=None, **options
         return sdpa_attention_forward(module, q, k, v, None, **options | {"is_causal": True})[0][:, before:]
 
     results = []
+    lengths = lengths.tolist()  # which are on the host
     sizes = [size for prompt, first, *others in lengths for size in (prompt + first, *others)]
     parts = zip(*(x.split(sizes, dim=2) for x in (query, key, value)), strict=True)
     for prompt, _, *others in lengths:
@@ -977,7 +980,10 @@ def load_reference(path: str | None, policy, args: Arguments, device, *, updated
 
 def shard(model, args: Arguments, device: torch.device, *, reshard_after_forward: bool):
     """Spread weights over all processes. Layers are gathered one at a time, the others for the whole pass."""
-    mesh = dist.init_device_mesh(device.type, (dist.get_world_size(),))
+    size = args.hsdp_shard_size or dist.get_world_size()
+    shape = (dist.get_world_size() // size, size)
+    mesh = dist.init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard"))
+    mesh = mesh if shape[0] > 1 else mesh["shard"]
     options = {"param_dtype": torch.bfloat16, "reduce_dtype": torch.float32} if args.bf16 else {}
     # FSDP must not cast the inputs of layers: generate() runs without its hooks and would not cast either.
     precision = MixedPrecisionPolicy(**options, cast_forward_inputs=False)
@@ -986,6 +992,8 @@ def shard(model, args: Arguments, device: torch.device, *, reshard_after_forward
     options["ignored_params"] = {p for p in model.parameters() if is_4bit and not p.requires_grad}
     layers = [m for m in model.modules() if type(m).__name__ in (model._no_split_modules or ())]
     for layer in reversed(layers):  # inner ones first: MBart has attention within layers
+        if args.torch_compile:
+            layer.forward = torch.compile(layer.forward, dynamic=True)
         fully_shard(layer, **options)
     return fully_shard(model, **options, reshard_after_forward=reshard_after_forward)
 
@@ -1052,7 +1060,8 @@ def generate(model, tokenizer, prompts: list[list[int]], args: Arguments, images
     shortest_first = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # so that padding is short
     completions, size = [[] for _ in prompts], args.generation_batch_size
     side = "right" if decoder_prompt else "left"  # left: completions begin in the same column
-    with gathered(model, args) as full:
+    # Layers are not compiled here: they would be anew, because of their cache.
+    with gathered(model, args) as full, torch.compiler.set_stance("force_eager"):
         for start in range(0, len(prompts), size):
             rows = shortest_first[start : start + size]
             shown = [image for row in rows for image in images[row]] if images else []
@@ -1473,13 +1482,15 @@ class Arguments:
     generation_batch_size: int = arg(64, "prompts that a process completes at a time, at most")
     gradient_checkpointing: bool = arg(False, "recompute activations in the backward pass, to save memory")
     dtype: Literal["float32", "bfloat16", "float64"] = arg("float32", "of the trained weights")
+    torch_compile: bool = arg(False, "compile each layer, which takes minutes at the start")
+    hsdp_shard_size: int | None = arg(None, "shard over so many processes, replicate over the others [all]")
     # Not `bool | None`, for which the parser would not take --bf16 without a value.
     bf16: bool = arg(None, "compute in bfloat16; weights keep their dtype [true on a GPU]")
     eval_strategy: Literal["steps", "no"] = arg("steps", "when to evaluate")
     eval_steps: int | None = arg(None, "steps between evaluations [only before and after training]")
     eval_prompts: int = arg(8, "test prompts that an evaluation completes, greedily and by sampling")
     max_new_tokens: int = arg(128, "tokens of a generated completion, at most")
-    output_dir: str | None = arg(None, "results; a disk that all nodes see [output/<model>-<method>]")
+    output_dir: str | None = arg(None, "results; a disk that all nodes see [output/<model>-<script>]")
     overwrite_output_dir: bool = arg(False, "start anew: delete the earlier run in output_dir")
     logging_steps: int = arg(10, "steps between reports on the console; metrics.jsonl has every step")
     report_to: Literal["none", "tensorboard", "wandb", "trackio"] = arg("none", "the tracker")
@@ -1503,6 +1514,8 @@ class Arguments:
         self.batch_size = self.batch_size or default
         if self.batch_size % world:
             raise ValueError(f"batch_size {self.batch_size} is not a multiple of the {world} processes")
+        if world % (self.hsdp_shard_size or 1):
+            raise ValueError(f"hsdp_shard_size {self.hsdp_shard_size} does not divide the {world} processes")
         if odd := [pair for pair in self.rename_columns if pair.count("=") != 1]:
             raise ValueError(f"rename_columns takes pairs such as question=prompt, not {odd[0]}")
         if self.lora_dropout >= 1:
@@ -1562,5 +1575,8 @@ def parse(kind: type[Arguments], **toy) -> Arguments:
     if lora_flags and (is_adapter or not args.use_peft):
         fail(f"{lora_flags[0]} is for a new adapter: it needs --use_peft, and a model that is not an adapter")
     name = Path(given.model_name_or_path or "toy").resolve().name
-    args.output_dir = args.output_dir or f"output/{name}-{Path(sys.argv[0]).stem}"
+    losses = getattr(args, "loss_type", "sigmoid")  # SimPO's is not where CPO is
+    losses = {losses} if isinstance(losses, str) else {*losses}
+    parts = [name, Path(sys.argv[0]).stem, *sorted(losses - {"sigmoid"})]
+    args.output_dir = args.output_dir or f"output/{'-'.join(parts)}"
     return args

@@ -222,6 +222,22 @@ def test_a_run_is_resumed_with_another_number_of_processes(tmp_path, before, aft
     assert max((a[name] - b[name]).abs().max().item() for name in a) < 1e-5
 
 
+@pytest.mark.long
+@pytest.mark.parametrize("script", ["dpo.py", "cpo.py"])
+def test_a_mesh_of_two_by_two_trains_as_one_process(tmp_path, script):
+    flags, on_mesh = ["--dtype", "float64"], ["--hsdp_shard_size", "2"]
+    assert run(script, tmp_path / "a", *flags)[0] == 0
+    fault = {"where": "clip_grad_norm_", "call": 3, "event": 9, "signal": "SIGKILL", "who": "all"}
+    assert run(script, tmp_path / "b", *flags, *on_mesh, processes=4, fault=fault)[0] != 0
+    assert "resuming after step 2" in succeed(script, tmp_path / "b", *flags, *on_mesh, processes=4)
+    a, b = (load_file(tmp_path / run / "model.safetensors") for run in "ab")
+    assert max((a[name] - b[name]).abs().max().item() for name in a) < 1e-10
+    a, b = (metrics_of(tmp_path / run) for run in "ab")
+    for line, other in zip(a, b, strict=True):
+        for name in {"loss", "grad_norm", "eval_loss"} & {*line}:
+            assert other[name] == pytest.approx(line[name], rel=1e-9)
+
+
 def checkpoint_after_three_steps(output_dir: Path, processes: int = 1) -> Path:
     fault = {"where": "clip_grad_norm_", "call": 4, "event": 9, "signal": "SIGKILL", "who": "all"}
     assert run("cpo.py", output_dir, processes=processes, fault=fault)[0] != 0

@@ -1,6 +1,7 @@
 """Packed, prompt-sharing, chunked log-probabilities against the plainest way: one sequence at a time."""
 
-from types import MethodType
+from functools import partial
+from types import MethodType, SimpleNamespace
 
 import pytest
 import torch
@@ -195,6 +196,35 @@ def test_gradient_checkpointing_changes_nothing(kind):
     want = gradient(model, token_logps(model, batch).flatten())
     model.gradient_checkpointing_enable({"use_reentrant": False})
     torch.testing.assert_close(gradient(model, token_logps(model, batch).flatten()), want, rtol=0, atol=1e-11)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_compiled_layers_change_nothing(checkpointing, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))  # without C++
+    torch._dynamo.reset()
+    tiny("mistral").save_pretrained(tmp_path)
+    settings = {"dtype": "float64", "gradient_checkpointing": checkpointing}
+    plain, compiled = (
+        common.load_model(str(tmp_path), args, torch.device("cpu"), trainable=True)
+        for args in (common.Arguments(str(tmp_path), **settings, torch_compile=on) for on in (False, True))
+    )
+    for seed in (3, 4):  # of the same number of pairs, but other lengths
+        batch, graphs, grads = batch_of(random_pairs(seed, 4)), unique_graphs(), []
+        for model in (compiled, plain):
+            logps = of_completions(model.token_logps(batch), batch)
+            (logps * torch.linspace(-1, 1, len(logps))).sum().backward()
+            grads.append(torch.cat([p.grad.full_tensor().flatten() for p in model.parameters()]))
+            model.zero_grad()
+        torch.testing.assert_close(*grads, rtol=0, atol=1e-11)
+    assert unique_graphs() == graphs > 0  # the second batch needed no new ones
+    args = common.Arguments(max_new_tokens=5)
+    prompts, tokenizer = [[3, 4, 5], [6]], SimpleNamespace(eos_token_id=None, pad_token_id=0)
+    answers = [common.generate(m, tokenizer, prompts, args, do_sample=False) for m in (compiled, plain)]
+    assert answers[0] == answers[1] and unique_graphs() == graphs
+
+
+def unique_graphs() -> int:
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
 
 @pytest.mark.parametrize("kind", ["llama", "gemma2"])

@@ -333,6 +333,8 @@ def test_runs_have_directories_of_their_own(monkeypatch):
     assert args.output_dir == "output/Qwen2-0.5B-orpo"
     args = parse(monkeypatch, "cpo", "--model_name_or_path output/toy-dpo/ --dataset_name d")
     assert args.output_dir == "output/toy-dpo-cpo"
+    assert parse(monkeypatch, "cpo", "--loss_type simpo").output_dir == "output/toy-cpo-simpo"
+    assert parse(monkeypatch, "dpo", "--loss_type sigmoid sft").output_dir == "output/toy-dpo-sft"
     args = parse(monkeypatch, "cpo", "--model_name_or_path . --dataset_name d")
     assert args.output_dir == f"output/{Path.cwd().name}-cpo"
 

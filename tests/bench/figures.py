@@ -156,9 +156,8 @@ def packed(folder: Path) -> None:
     # Queries and keys are 0, so the result for a token is the mean of all values that it attends to.
     zeros, values = torch.zeros(1, 1, len(tokens), len(tokens)), torch.eye(len(tokens))[None, None]
     module = SimpleNamespace(is_causal=True)
-    means, _ = packed_attention(
-        module, zeros, zeros, values, None, lengths=batch.packed_lengths
-    )  # (1, T, 1, T)
+    lengths = torch.tensor(batch.packed_lengths)
+    means, _ = packed_attention(module, zeros, zeros, values, None, lengths=lengths)  # (1, T, 1, T)
 
     title = "Two pairs are one row of tokens: each completion attends to its own prompt and to itself only."
     figure, (axes,) = panels(title, height=6.6)

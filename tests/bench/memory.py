@@ -48,7 +48,7 @@ def shard_sizes(config, gpus: int) -> tuple[int, int, int]:
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     layer = sum(p.numel() for p in model.model.layers[0].parameters())
     outside = sum(p.numel() for p in model.parameters()) - layer * config.num_hidden_layers
-    args = SimpleNamespace(bf16=True)
+    args = SimpleNamespace(bf16=True, hsdp_shard_size=None, torch_compile=False)
     common.shard(model, args, torch.device("cpu"), reshard_after_forward=False)
     local = sum(p.to_local().numel() for p in model.parameters())
     dist.destroy_process_group()
