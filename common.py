@@ -163,8 +163,10 @@ def collate(
     else:
         mask = has_label
         tensors["inputs"] = {"input_ids": tokens[:, :-1]}
-        tensors["inputs"] |= vision.inputs(tokens[:, :-1], images) if vision else {}
-        tensors |= pack(inputs, scored[labeled])
+        if vision:  # such models are not packed
+            tensors["inputs"] |= vision.inputs(tokens[:, :-1], images)
+        else:
+            tensors |= pack(inputs, scored[labeled])
     tensors["inputs"]["attention_mask"] = mask.long()
     return Batch(per_prompt=k, **tree_map_only(Tensor, partial(copy_to, device), tensors), **counts)
 

@@ -97,6 +97,22 @@ def test_logps_and_gradients_equal_a_forward_pass_by_hand(folder, kind, rows):
     assert (want_gradient.count_nonzero() > len(tower)) and len(rows) in (2, 6)
 
 
+@pytest.mark.usefixtures("exact")
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_blank_image_may_be_longer_than_the_texts_beside_it(folder, kind):
+    model, (tokenizer, data) = build(kind)[0].eval(), load(folder, kind)
+    common.choose_forward_pass(model)
+    p, c, d, r = tokenizer("one,", add_special_tokens=False)["input_ids"][:4]
+    for examples in ([], [([p], [c, d], [r])]):
+        batch = common.collate(examples, CPU, vision=data.vision, global_pairs=1)
+        assert batch.inputs["input_ids"].shape[1] == len(data.vision.blank_prompt) > 3
+        logps = common.token_logps(model, batch)
+        assert logps.shape[0] == 2 * len(examples)
+        for found, y in zip(logps, [y for _, *answers in examples for y in answers], strict=True):
+            want = model(torch.tensor([[p, *y]])).logits[0, :-1].log_softmax(-1)[range(len(y)), y]
+            torch.testing.assert_close(found[: len(y)], want, rtol=0, atol=1e-10)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_row_depends_on_its_own_images_in_their_order(folder, kind, tmp_path):
     model = build(kind)[0].eval()

@@ -13,11 +13,12 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
+from types import MethodType, SimpleNamespace
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.distributed.tensor.debug import CommDebugMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
 
@@ -138,6 +139,52 @@ def lora_table(pairs: int, rank: int = 16) -> None:
             print(f"| {name}, {kind} | " + " | ".join(f"{value / GIB:.1f}" for value in values) + " |")
 
 
+def traffic(parameters: int, outside: int, gpus: int, group: int) -> tuple[float, float]:
+    """Bytes that a GPU receives for a micro-batch of DPO, within its group of so many, and from the others.
+
+    `outside` of the parameters are embedding and head, which a backward pass does not gather again.
+    """
+    gathers = 2 * parameters + 2 * (parameters - outside) + 2 * parameters  # forward, backward, reference
+    scatter = 4 * parameters  # gradients, in float32
+    # Groups have the same weights, and add up their gradients: an all-reduce sends everything twice.
+    groups = gpus // group
+    return (gathers + scatter) * (group - 1) / group, 2 * scatter / group * (groups - 1) / groups
+
+
+def traffic_table() -> None:
+    print("\nGB that a GPU receives for a micro-batch of DPO\n")
+    print("| model | GPUs | sharded over | within the group | from other groups |\n|---|---|---|---|---|")
+    for name, config in MODELS.items():
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+        total, layers = (sum(p.numel() for p in m.parameters()) for m in (model, model.model.layers))
+        for gpus, group in ((8, 8), (64, 64), (64, 8), (512, 512), (512, 8)):
+            within, between = traffic(total, total - layers, gpus, group)
+            print(f"| {name} | {gpus} | {group} | {within / 1e9:.1f} | {between / 1e9:.1f} |")
+
+
+def collectives(config, gpus: int, group: int) -> dict[str, int]:
+    """How often each collective runs in a micro-batch of DPO, counted in a group that only pretends."""
+    dist.init_process_group("fake", rank=0, world_size=gpus, store=FakeStore())
+    args, counts = SimpleNamespace(bf16=True, hsdp_shard_size=group, torch_compile=False), {}
+    batch = common.collate([([1, 2, 3], [4, 5], [6, 7])], torch.device("cpu"), global_pairs=1)
+    for trainable in (True, False):
+        model = AutoModelForCausalLM.from_config(config).train(trainable).requires_grad_(trainable)
+        model.forward_pass, model.token_logps = "packed", MethodType(common.token_logps, model)
+        model.set_attn_implementation("packed")
+        common.shard(model, args, torch.device("cpu"), reshard_after_forward=not trainable)
+        common.register_fsdp_forward_method(model, "token_logps")
+        with CommDebugMode() as mode:
+            logps = model.token_logps(batch)
+            if trainable:
+                logps.sum().backward()
+        for operation, count in mode.get_comm_counts().items():
+            name = str(operation).split(".")[-1]
+            counts[name] = counts.get(name, 0) + count
+    dist.destroy_process_group()
+    return counts
+
+
 CASES = ((4096, 280), (4096, 1024), (32768, 280))  # vocabulary, tokens of a completion
 
 
@@ -172,3 +219,4 @@ if __name__ == "__main__":
     else:
         table(args.pairs)
         lora_table(args.pairs)
+        traffic_table()
