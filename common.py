@@ -470,9 +470,9 @@ def tokenize(row, tokenizer, completions, max_length, room=1, truncate_prompt=Fa
     try:
         prompt, *answers = checked_parts(row, tokenizer, completions)
         whole = parts = encode_row(row, tokenizer, images, prompt, answers)
-        if truncate_prompt and not images and len(whole[0]) + room > max_length:
-            # Completions get what they need, up to half of max_length.
-            space = max_length - max(room, min(max_length // 2, max(map(len, whole[1:]), default=0)))
+        # Completions get what they need, up to half of max_length.
+        space = max_length - max(room, min(max_length // 2, max(map(len, whole[1:]), default=0)))
+        if truncate_prompt and not images and len(whole[0]) > space:
             parts = cut_prompt(row, tokenizer, prompt, answers, whole, space)
         prompt_ids, space = parts[0], max_length - len(parts[0])
         if getattr(tokenizer, "decoder_prompt", None):  # the encoder cuts all but the last token: perhaps EOS
@@ -789,8 +789,11 @@ def from_pretrained(kind, path: str, args: Arguments, **options):
         return kind.from_pretrained(path, trust_remote_code=args.trust_remote_code, **options)
 
 
+REVISIONS = {}  # of the models that adapters belong to; others are loaded from "main"
+
+
 def revision_of(path: str, args) -> str:
-    return args.model_revision if path == args.model_name_or_path else "main"
+    return args.model_revision if path == args.model_name_or_path else REVISIONS.get(path, "main")
 
 
 def load_tokenizer(path: str, args: Arguments):
@@ -904,7 +907,10 @@ def adapter_base(path: str, args) -> str | None:
         file = transformers.utils.find_adapter_config_file(path, revision=revision_of(path, args))
     except OSError:  # loading the model will say what is wrong
         return None
-    return json.loads(Path(file).read_text())["base_model_name_or_path"] if file else None
+    config = json.loads(Path(file).read_text()) if file else {}
+    base = config.get("base_model_name_or_path")
+    REVISIONS[base] = config.get("revision") or "main"
+    return base
 
 
 def add_adapters(model, path: str | None, args: Arguments, trainable: bool) -> None:
@@ -935,6 +941,7 @@ def add_fresh_adapter(model, args: Arguments) -> None:
         names = {module: name for name, module in model.named_modules()}
         options["exclude_modules"] = rf"(?!{names[model.get_decoder()]}\.).*"
     options["task_type"] = "SEQ_2_SEQ_LM" if model.config.is_encoder_decoder else "CAUSAL_LM"
+    options["revision"] = args.model_revision  # of the model that it belongs to
     config = peft.LoraConfig(**options, target_modules=targets, base_model_name_or_path=model.name_or_path)
     torch.manual_seed(args.seed)  # all processes draw the same initial values
     peft.inject_adapter_in_model(config, model, "default")  # model.add_adapter wants the newest peft
@@ -1242,7 +1249,12 @@ def open_tracker(args: Arguments):
     """The tracker of --report_to: an object with wandb's log and finish, which trackio has as well."""
     if args.report_to == "tensorboard":
         writer = importlib.import_module("torch.utils.tensorboard").SummaryWriter(args.output_dir)
-        log = lambda metrics, step: [writer.add_scalar(*item, step) for item in metrics.items()]  # noqa: E731
+
+        def log(metrics: dict[str, float], step: int) -> None:
+            for name, value in metrics.items():
+                writer.add_scalar(name, value, step)
+            writer.flush()  # what a kill loses would be missing from a resumed run
+
         return SimpleNamespace(log=log, finish=writer.close)
     tracker = importlib.import_module(args.report_to)
     tracker.init(project=Path(args.output_dir).name, name=args.run_name, config=asdict(args))
@@ -1277,8 +1289,11 @@ def check_output_dir(args: Arguments) -> None:
     there = next(path for path in (folder, *folder.parents) if path.exists())
     if not there.is_dir() or not os.access(there, os.W_OK):
         fail(f"cannot write to --output_dir {args.output_dir}")
-    for name, path in asdict(args).items():
-        if name.endswith("_path") and path and Path(path).resolve() == folder.resolve():
+    paths = {name: path for name, path in asdict(args).items() if name.endswith("_path") and path}
+    for name in {"model_adapter_name", "ref_adapter_name"} & {*asdict(args)}:
+        paths[name] = policy_path(args, getattr(args, name))
+    for name, path in paths.items():
+        if Path(path).resolve() == folder.resolve():
             fail(f"--output_dir is where --{name} is, which would be overwritten")
     if args.overwrite_output_dir or not file.exists():
         return
@@ -1306,7 +1321,7 @@ def claim_output_dir(args: Arguments) -> None:
             LOCKS[-1].acquire(blocking=False)
         old = json.loads((folder / "run.json").read_text()) if (folder / "run.json").exists() else {}
         is_restart = RUN["launch"] and old.items() >= (RUN | asdict(args)).items()
-        if args.overwrite_output_dir and not is_restart:
+        if args.overwrite_output_dir and old and not is_restart:  # without run.json the files are not ours
             for path in [path for name in WRITTEN for path in folder.glob(name)]:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
         write_run(args, finished=False)
@@ -1565,15 +1580,15 @@ def parse(kind: type[Arguments], **toy) -> Arguments:
     if not given.model_name_or_path:
         parser.set_defaults(**TOY | toy | ({"batch_size": None} if given.gradient_accumulation_steps else {}))
     is_adapter = bool(given.model_name_or_path and adapter_base(policy_path(given), given))
-    parser.set_defaults(use_peft=is_adapter)
+    if is_adapter or given.use_peft:
+        # Ten times would be too much for the example's model, of which the adapter is a fifth.
+        learning_rate = parser.get_default("learning_rate") * (10 if given.model_name_or_path else 3)
+        parser.set_defaults(use_peft=is_adapter, learning_rate=learning_rate)
     with one_line("wrong arguments"):
         (args,) = parser.parse_args_into_dataclasses()
-    if args.use_peft and not any(text.startswith("--learning_rate") for text in sys.argv):
-        # Ten times would be too much for the example's model, of which the adapter is a fifth.
-        args.learning_rate *= 10 if given.model_name_or_path else 3
     if getattr(args, "ref_adapter_name", None) and not is_adapter:
         fail(f"--ref_adapter_name is for adapters, and {policy_path(args)} is none; see --model_adapter_name")
-    lora_flags = [flag for flag in sys.argv if flag.startswith("--lora_")]
+    lora_flags = [flag for flag in sys.argv if flag.startswith(("--lora_", "--lora-"))]
     if lora_flags and (is_adapter or not args.use_peft):
         fail(f"{lora_flags[0]} is for a new adapter: it needs --use_peft, and a model that is not an adapter")
     name = Path(given.model_name_or_path or "toy").resolve().name

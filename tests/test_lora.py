@@ -209,7 +209,10 @@ def test_the_learning_rate_of_lora_is_ten_times_as_large(monkeypatch, base, meth
     for flags, factor in (("--max_steps 9", 3), (real, 10)):
         rate = parse(monkeypatch, method, flags).learning_rate
         assert parse(monkeypatch, method, f"{flags} --use_peft").learning_rate == pytest.approx(factor * rate)
-        assert parse(monkeypatch, method, f"{flags} --use_peft --learning_rate 7e-9").learning_rate == 7e-9
+        for flag in ("--learning_rate", "--learning-rate"):  # the parser takes both
+            assert parse(monkeypatch, method, f"{flags} --use_peft {flag} 7e-9").learning_rate == 7e-9
+    with pytest.raises(SystemExit, match="--lora-r is for a new adapter"):
+        parse(monkeypatch, method, f"{real} --lora-r 4")
     adapter = real.replace(str(base), str(base.parent / "adapters" / "start"))
     assert parse(monkeypatch, method, adapter).learning_rate == pytest.approx(10 * rate)
     assert parse(monkeypatch, method, adapter).use_peft

@@ -230,10 +230,11 @@ def test_truncate_prompt_keeps_the_end_of_a_text(max_length, tmp_path, capsys):
         assert (
             not kept["note"].startswith("dropped") and len(kept["prompt"]) + len(kept["chosen"]) <= max_length
         )
-        if len(whole) + 1 <= max_length:
+        # Completions get what they need, up to half of max_length.
+        space = max_length - min(max_length // 2, len(ids("abc</s>")))
+        if len(whole) <= space:
             assert kept["prompt"] == whole
-        else:  # completions get what they need, up to half of max_length
-            space = max_length - min(max_length // 2, len(ids("abc</s>")))
+        else:
             assert kept["prompt"] == bos + whole[len(whole) - space + len(bos) :]
             assert kept["note"] == "cut to fit max_length"
 

@@ -173,6 +173,32 @@ def test_overwriting_spares_a_run_that_torchrun_restarts_and_no_other(tmp_path, 
         assert (tmp_path / "metrics.jsonl").exists() == is_kept, (launch, beta)
 
 
+def test_overwriting_spares_a_folder_that_has_no_run(tmp_path):
+    args = dpo.Arguments("m", dataset_name="d", output_dir=str(tmp_path), overwrite_output_dir=True)
+    (tmp_path / "model.safetensors").write_text("somebody's")
+    common.claim_output_dir(args)
+    assert (tmp_path / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("name", ["model_adapter_name", "ref_adapter_name"])
+def test_a_run_does_not_overwrite_the_adapter_it_loads(tmp_path, name):
+    args = dpo.Arguments(str(tmp_path), dataset_name="d", output_dir=str(tmp_path / "a"), **{name: "a"})
+    with pytest.raises(SystemExit, match=f"error: --output_dir is where --{name} is"):
+        common.check_output_dir(args)
+
+
+def test_tensorboard_has_every_step_at_once(tmp_path):
+    """A process that is killed does not close it, and a resumed run writes no step again."""
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    args = dpo.Arguments("m", dataset_name="d", output_dir=str(tmp_path), report_to="tensorboard")
+    tracker = common.open_tracker(args)
+    for step in (1, 2):
+        tracker.log({"loss": 0.5 * step}, step=step)
+        events = accumulator.EventAccumulator(str(tmp_path)).Reload()
+        assert [event.value for event in events.Scalars("loss")] == [0.5, 1.0][:step]
+    tracker.finish()
+
+
 def test_a_run_does_not_overwrite_the_model_it_loads(tmp_path):
     """Not even if that is the result of an earlier run, which --overwrite_output_dir deletes."""
     policy, tokenizer, args = saved(tmp_path, "llama")
