@@ -122,10 +122,10 @@ def loss_and_metrics(policy, batch: Batch, args: Arguments) -> tuple[Tensor, dic
     }
     metrics = {name: value / batch.global_pairs for name, value in sums.items()}
     if policy.router_loss is not None:
-        # A mixture of experts that balances its load. This is not a sum over pairs; it is the mean over
+        # What balances the load of a mixture of experts is not a sum over pairs; it is the mean over
         # micro-batches, weighted by their numbers of pairs.
         metrics["aux_loss"] = policy.router_loss * len(logps) / batch.global_pairs
-        loss = loss + policy.config.router_aux_loss_coef * metrics["aux_loss"]
+        loss = loss + policy.config.get_text_config().router_aux_loss_coef * metrics["aux_loss"]
     return loss, {"loss": loss, "nll_loss": nll_loss} | metrics
 
 

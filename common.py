@@ -73,8 +73,8 @@ class Batch:
     """
 
     # For model(**inputs): input_ids and attention_mask (2B, L), and the pixels of images, if any. With an
-    # encoder, the first two are prompts, (2B, P), and decoder_input_ids (2B, L) are the labels, shifted right
-    # behind the decoder's start token.
+    # encoder, the first two are those of the prompts, (2B, P), and decoder_input_ids (2B, L) are the start
+    # token and then all labels but the last.
     inputs: dict[str, Tensor]
     per_prompt: int  # rows for each prompt: 2
     labels: Tensor  # (2B, L)
@@ -82,7 +82,7 @@ class Batch:
     scored: Tensor  # (2B, L) bool: whether its log-probability is wanted: completions, for ORPO also prompts
     padded_index: Tensor  # (2, N) rows and columns of the scored labels
     global_pairs: int  # pairs in the global batch, of which this batch is a part
-    # The same tokens for the fast forward pass, from `pack`. With an encoder there are none.
+    # The same tokens for the fast forward pass, from `pack`; None with an encoder, and with images.
     packed_inputs: dict[str, Tensor] | None = None
     packed_index: Tensor | None = None
     packed_lengths: list[list[int]] | None = None
@@ -116,14 +116,14 @@ def token_logps(model, batch: Batch, *, of: Callable[[Tensor, Tensor], Tensor] =
         outputs = model.get_decoder()(**batch.packed_inputs, lengths=lengths, use_cache=False)
         hidden = outputs.last_hidden_state[0, batch.packed_index] * logit_scale(model)  # (N, D)
         weight = model.get_output_embeddings().weight
-    else:  # "padded" and "encoded once" keep all logits. FSDP's hooks have run already: not model(...)
+    else:  # "padded" and "encoded once" keep all logits
         inputs, k = dict(batch.inputs), batch.per_prompt
-        if model.forward_pass == "encoded once":  # otherwise "padded"
+        if model.forward_pass == "encoded once":
             prompts = {name: inputs[name][::k] for name in ("input_ids", "attention_mask")}  # (B, P)
             inputs["encoder_outputs"] = encoded = model.get_encoder()(**prompts)
             encoded.last_hidden_state = encoded.last_hidden_state.repeat_interleave(k, 0)  # (2B, P, D)
-        outputs = model.forward(**inputs, use_cache=False)
-        hidden = outputs.logits[rows, columns]  # (N, V): the head has run already
+        outputs = model.forward(**inputs, use_cache=False)  # not model(...): FSDP's hooks have run already
+        hidden = outputs.logits[rows, columns]  # (N, V) logits already, so ChunkedHead gets no weight
         model.router_loss = outputs.get("aux_loss")
     values = ChunkedHead.apply(hidden, weight, batch.labels[rows, columns], of)  # (N,) or (N, k)
     return values.new_zeros(*batch.labels.shape, *values.shape[1:]).index_put((rows, columns), values)
@@ -137,11 +137,12 @@ def logit_scale(model) -> float:
 
 
 def collate(
-    examples: list[tuple], device, score_prompts=False, decoder_prompt=None, vision=None, images=(), **counts
+    examples: list[tuple], device, score_prompts=False, decoder_prompt=None, vision=None, images=(), **fields
 ) -> Batch:
-    """A Batch of examples (prompt, chosen, rejected) of token ids; `counts` are its last fields."""
+    """A Batch of examples (prompt, chosen, rejected) of token ids; `fields` are its last fields."""
     # All processes must run a sharded model equally often: without examples, on a token that has no label.
-    # Without images, they run the vision tower on a blank one, in a row that has no label either.
+    # Without images, they run the vision tower on a blank one, in a row that has no label either. Both are in
+    # the inputs only, which may have more rows than the labels.
     inputs = examples or [([0], [0])]
     k = len(inputs[0]) - 1
     # With an encoder, the decoder's own prompt is its start token.
@@ -168,11 +169,11 @@ def collate(
         else:
             tensors |= pack(inputs, scored[labeled])
     tensors["inputs"]["attention_mask"] = mask.long()
-    return Batch(per_prompt=k, **tree_map_only(Tensor, partial(copy_to, device), tensors), **counts)
+    return Batch(per_prompt=k, **tree_map_only(Tensor, partial(copy_to, device), tensors), **fields)
 
 
 def pad(sequences: list[list[int]], value: int = 0, side: str = "right") -> tuple[Tensor, Tensor]:
-    """Token ids (n, longest), padded on one side, and the mask (n, longest) of what is no padding."""
+    """Token ids (n, longest), padded on one side, and a mask that is true where there is a token."""
     ids = pad_sequence([torch.tensor(ids) for ids in sequences], True, padding_value=-1, padding_side=side)
     return ids.where(ids >= 0, value), ids >= 0
 
@@ -197,7 +198,7 @@ def pack(examples: list[tuple], scored: Tensor) -> dict:
             places.append(torch.tensor([*range(start, prompt_end), *range(len(ids), end)]))
             ids += completion[:-1]
             positions += range(len(prompt), len(prompt) + len(completion) - 1)
-    # A mask that is ignored: given None, transformers would make one of T * T entries.
+    # packed_attention ignores this mask. Without one, transformers would make one of T * T entries.
     inputs = {"input_ids": ids, "position_ids": positions, "attention_mask": [[[True]]]}
     places = pad_sequence(places, batch_first=True)  # (2B, L): where in the row the tokens of a batch are
     return {
@@ -215,18 +216,19 @@ def packed_attention(module, query, key, value, mask, *, lengths=None, **options
     if lengths is None:  # an ordinary call, such as one from generate()
         return sdpa_attention_forward(module, query, key, value, mask, **options)
 
-    def causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # the queries belong to the last of the keys
+    def causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # the queries are those of the last keys
         before, window = k.shape[2] - q.shape[2], options.get("sliding_window") or k.shape[2]
         if before > q.shape[2] or window < k.shape[2]:
             mask = torch.ones(1, 1, q.shape[2], k.shape[2], dtype=torch.bool, device=q.device)
             mask = mask.tril(before).triu(before + 1 - window)
             return sdpa_attention_forward(module, q, k, v, mask, **options)[0]
-        # Queries of zeros for the prompt: where they are fewer than the others, this is faster than a mask.
+        # Zero queries for the prompt make the call plainly causal. That is faster than a mask, if the prompt
+        # is not longer than the completion.
         q = torch.nn.functional.pad(q, (0, 0, before, 0)) if before else q
         return sdpa_attention_forward(module, q, k, v, None, **options | {"is_causal": True})[0][:, before:]
 
     results = []
-    lengths = lengths.tolist()  # which are on the host
+    lengths = lengths.tolist()  # of a tensor on the CPU, so this does not wait for the GPU
     sizes = [size for prompt, first, *others in lengths for size in (prompt + first, *others)]
     parts = zip(*(x.split(sizes, dim=2) for x in (query, key, value)), strict=True)
     for prompt, _, *others in lengths:
@@ -302,7 +304,7 @@ def choose_forward_pass(model) -> None:
     examples = [([1, 2, 3, 4, 5], [1, 3, 2], [4, 4, 1, 2, 5, 3]), ([2], [5], [3, 1, 4, 1, 5, 2, 4])]
     decoder_prompt, attention = decoder_prompt_of(model.config), model.config._attn_implementation
     batch = collate(examples, model.device, decoder_prompt=decoder_prompt, global_pairs=2)
-    want, config = plain_token_logps(model, batch), model.config.get_text_config()
+    config = model.config.get_text_config()
     model.forward_pass, model.router_loss = "encoded once" if decoder_prompt else "packed", None
     try:
         for name in ("attention_chunk_size", "output_router_logits", "vision_config"):
@@ -310,12 +312,13 @@ def choose_forward_pass(model) -> None:
                 raise NotImplementedError(f"its configuration has {name}")
         if getattr(model.get_output_embeddings(), "bias", None) is not None:
             raise NotImplementedError("its head has a bias")
+        want = plain_token_logps(model, batch)
         if model.forward_pass == "packed":
             model.set_attn_implementation("packed")
         difference = (token_logps(model, batch) - want).abs().max().item()
         if not difference < (5e-3 if model.dtype == torch.bfloat16 else 5e-5) * want.abs().max().item():
             raise ArithmeticError(f"its {model.forward_pass} log-probabilities differ by {difference:.0e}")
-        if model.training:  # said once: a reference is not trained
+        if model.training:  # the policy, so that it is said once
             say(f"log-probabilities: {model.forward_pass} (checked against padded)")
     except Exception as error:  # whatever an architecture does that nobody foresaw
         model.forward_pass = "padded"
@@ -337,7 +340,7 @@ SHORT.maxstring = 200
 class Data(NamedTuple):
     """A split of a dataset: its rows as read and as tokens, without the rows that cannot be used."""
 
-    raw: datasets.Dataset  # the columns that were read
+    raw: datasets.Dataset  # the rows as they were read, with all columns
     tokens: datasets.Dataset  # token ids: column `prompt`, and a column for each completion
     lengths: np.ndarray  # (n, 1 + completions) the numbers of these tokens
     score_prompts: bool = False  # whether batches score the tokens of prompts as well
@@ -423,7 +426,7 @@ def tokenize_split(raw: datasets.Dataset, name: str, args: Arguments, tokenizer,
     found = f"found {', '.join(names)}; see --rename_columns{''.join(likely)}"
     if not {*completions} <= {*names} or not {"prompt", "chosen"} & {*names}:
         fail(f"the {name} split needs columns {', '.join(columns)}; {found}")
-    # What `datasets` makes of a column of different kinds: it would read a text " 4" as the number 4.
+    # `datasets` gives a column of texts and messages the type Json, and would read a text " 4" as 4.
     if mixed := [x for x in columns if x in names and type(raw.features[x]).__name__ == "Json"]:
         fail(f"the {name} split has texts and messages in column {mixed[0]}: give it rows of one kind")
     options = {"tokenizer": tokenizer, "completions": completions, "truncate_prompt": args.truncate_prompt}
@@ -447,7 +450,7 @@ def tokenize_split(raw: datasets.Dataset, name: str, args: Arguments, tokenizer,
         say(f"{n} of {len(raw)} rows ({n / len(raw):.1%}) of the {name} split are {note}")
     lengths = [pc.list_value_length(tokens.data.column(column)).to_numpy() for column in columns]
     kept = np.flatnonzero(lengths[0])  # rows that are dropped have no tokens
-    # Where most rows have no prompt, its column has another name; some completions begin alike by chance.
+    # If most rows lack a prompt, its column has another name; in a few, completions begin alike by chance.
     if not len(kept) or notes[f"dropped: {NO_PROMPT}"] > len(raw) / 2:
         reason = max(notes, key=notes.get, default="missing")
         fail(f"most rows of the {name} split are {reason}" + f"; {found}" * reason.endswith(NO_PROMPT))
@@ -475,11 +478,12 @@ def tokenize(row, tokenizer, completions, max_length, room=1, truncate_prompt=Fa
         if truncate_prompt and not images and len(whole[0]) > space:
             parts = cut_prompt(row, tokenizer, prompt, answers, whole, space)
         prompt_ids, space = parts[0], max_length - len(parts[0])
-        if getattr(tokenizer, "decoder_prompt", None):  # the encoder cuts all but the last token: perhaps EOS
+        if getattr(tokenizer, "decoder_prompt", None):  # the last token of its input may be EOS
             prompt_ids = prompt_ids[: max_length - 1] + prompt_ids[max_length - 1 :][-1:]
             space = max_completion or max_length
         if space < room:
-            raise ValueError(f"the prompt leaves no room in max_length {max_length}; see --truncate_prompt")
+            see = "; see --truncate_prompt" * (not truncate_prompt and not images)
+            raise ValueError(f"the prompt leaves no room in max_length {max_length}{see}")
         parts = [prompt_ids, *(ids[:space] for ids in parts[1:])]
         if not all(parts):
             raise ValueError("the prompt or a completion has no tokens")
@@ -567,7 +571,7 @@ def split_prompt(row: dict, completions: list[str] | None = None) -> list:
 
 
 def clean(value):
-    """Messages or tools without the None that Arrow adds, and with content that is in texts as one."""
+    """Messages or tools without the None that Arrow adds; text parts of a content are joined to one text."""
     if isinstance(value, list):
         return [clean(item) for item in value]
     if not isinstance(value, dict):
@@ -631,8 +635,8 @@ class Vision:
 def encode(tokenizer, prompt, completion=None, *, ended: bool = True, **template) -> list[int]:
     """Token ids of a prompt that waits for its completion, or of a prompt with its completion."""
     # Of messages, they are what the chat template makes, which gets the options `template`. Texts get one
-    # BOS, if the tokenizer adds it or the text has it, and one EOS after a completion that has `ended`, which
-    # means: has not been cut off.
+    # BOS, if the tokenizer adds it or the text has it, and one EOS after a completion, unless it was cut off
+    # and so has not `ended`.
     if isinstance(prompt, list):
         if completion and prompt[-1]["role"] == completion[0]["role"] == "assistant":  # one turn, continued
             content = [turn.get("content") or "" for turn in (prompt[-1], completion[0])]
@@ -674,7 +678,9 @@ def global_batches(data: Data, args: Arguments) -> np.ndarray:
         fail(f"{world} processes need at least {world} rows; there are {rows}")
     per_epoch = rows // size
     steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * per_epoch - 1e-9)
-    few = "; few change little: aim at 100, by --num_train_epochs or a smaller --batch_size" * (steps < 20)
+    few = "; so few change little: aim at 100, with more --num_train_epochs or a smaller --batch_size" * (
+        steps < 20
+    )
     say(f"training: {steps} steps, each of {size} of the {rows} rows{few}")
     for epoch in range(math.ceil(steps / per_epoch)):
         order = np.random.default_rng((args.seed, epoch)).permutation(rows)[: per_epoch * size]
@@ -695,8 +701,9 @@ def micro_batches(data: Data, rows: np.ndarray, size: int, device: torch.device)
         part = mine[start : start + size]
         examples = list(zip(*data.tokens[part].values(), strict=True))
         options = {"rows": part, "global_pairs": len(rows), "global_tokens": token_counts}
-        if data.vision:  # both rows of a pair have its images
-            images = [2 * data.vision.read(data.raw[int(row)]) for row in part]
+        if data.vision:  # every completion's row has the images of the prompt
+            completions = data.lengths.shape[1] - 1
+            images = [completions * data.vision.read(data.raw[int(row)]) for row in part]
             options |= {"vision": data.vision, "images": sum(images, [])}
         yield collate(examples, device, data.score_prompts, data.decoder_prompt, **options)
 
@@ -714,9 +721,9 @@ def one_line(what: str, *, alone: bool = False) -> Iterator[None]:
     """Turn an exception in the block into fail(what: ...)."""
     try:
         yield
-    except (Exception, dcp.CheckpointException) as error:  # the latter is no Exception
+    except (Exception, dcp.CheckpointException) as error:  # the second is not a subclass of the first
         if isinstance(error, datasets.exceptions.DatasetGenerationError):
-            error = error.__cause__ or error  # it only says that an error occurred
+            error = error.__cause__ or error  # its own message says only that an error occurred
         fail(f"{what}: {first_line(error)}", alone=alone)
 
 
@@ -766,7 +773,8 @@ def start(args: Arguments) -> tuple[int, int, torch.device]:
 
 def prepare_cuda() -> torch.device:
     """The GPU of this process."""
-    # Batches differ in size; segments that grow keep the memory from fragmenting. Read at the first use.
+    # Batches differ in size; segments that grow keep the memory from fragmenting. PyTorch reads this at the
+    # first allocation.
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
     torch.cuda.set_device(device)
@@ -797,16 +805,16 @@ def revision_of(path: str, args) -> str:
 
 
 def load_tokenizer(path: str, args: Arguments):
-    """The tokenizer of a model, if these scripts can train or score with that model."""
+    """The tokenizer of a model that this script can train, with `decoder_prompt` and, for images, `vision`."""
     base = adapter_base(path, args) or path
     has_tokenizer = base == path or has_file(path, "tokenizer_config.json", revision=revision_of(path, args))
     tokenizer = from_pretrained(transformers.AutoTokenizer, path if has_tokenizer else base, args)
     config = from_pretrained(AutoConfig, base, args)
     has_vision = bool(getattr(config, "vision_config", None))
     kind = "IMAGE_TEXT_TO_TEXT" if has_vision else "CAUSAL_LM"
-    kind = "SEQ_TO_SEQ_CAUSAL_LM" if config.is_encoder_decoder else kind  # none of these takes images
+    kind = "SEQ_TO_SEQ_CAUSAL_LM" if config.is_encoder_decoder else kind  # those with images are refused
     known = type(config) in getattr(transformers, f"MODEL_FOR_{kind}_MAPPING")
-    if has_vision:  # for scripts with this argument. PaliGemma attends to what follows, except in completions
+    if has_vision:  # only scripts with this argument. In PaliGemma, prompts attend to what follows
         known = known and hasattr(args, "freeze_vision_tower") and config.model_type != "paligemma"
     if not known and (has_vision or not args.trust_remote_code):
         fail(f"{path} is of type {config.model_type}, not a language model that this script can train")
@@ -829,13 +837,13 @@ def load_model(path: str, args: Arguments, device: torch.device, *, trainable: b
     """A model or LoRA adapter, sharded over all processes, with the method `token_logps` of this file."""
     base, dtype = adapter_base(path, args), getattr(torch, args.dtype)
     adapted = bool(base) or (trainable and args.use_peft)
-    # Weights that are neither trained nor `updated` in another way have the dtype of the computation.
+    # Weights that are neither trained nor `updated` (--sync_ref_model) have the dtype of the computation.
     compute_dtype = torch.bfloat16 if args.bf16 else dtype
     base_dtype = dtype if trainable and not adapted or updated else compute_dtype
     config = from_pretrained(AutoConfig, base or path, args)
     original_config = copy.deepcopy(config)
     # Dropout is off, so that policy and reference agree exactly before the first step.
-    for part in [config, *(getattr(config, name) for name in config.sub_configs)]:
+    for part in filter(None, [config, *(getattr(config, name, None) for name in config.sub_configs)]):
         part.update({k: 0.0 for k, value in vars(part).items() if "drop" in k and isinstance(value, float)})
     kind = transformers.AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     kind = transformers.AutoModelForImageTextToText if getattr(config, "vision_config", None) else kind
@@ -855,7 +863,7 @@ def load_model(path: str, args: Arguments, device: torch.device, *, trainable: b
     else:  # only rank 0 reads the weights: others would need as much memory. receive_weights distributes them
         with torch.device("meta"):
             model = kind.from_config(config, dtype=base_dtype, trust_remote_code=args.trust_remote_code)
-        model.to_empty(device="cpu").tie_weights()  # it takes up memory when something is written there
+        model.to_empty(device="cpu").tie_weights()  # this memory is not touched until it is written
         chosen = source and (source.forward_pass, source.generation_config)
         model.forward_pass, model.generation_config = from_rank_0(chosen)
         if model.forward_pass == "packed":
@@ -926,6 +934,7 @@ def add_adapters(model, path: str | None, args: Arguments, trainable: bool) -> N
         add_fresh_adapter(model, args)
     if not isinstance(model.get_output_embeddings(), torch.nn.Linear):
         model.forward_pass = "padded"  # ChunkedHead would miss the head's adapter
+        say("log-probabilities: padded, because the head has an adapter")
 
 
 def add_fresh_adapter(model, args: Arguments) -> None:
@@ -960,7 +969,7 @@ def load_adapter(model, name: str, path: str, args: Arguments) -> None:
             raise ValueError(f"it belongs to {base}, not to {model.name_or_path}")
         if name == "reference":
             config.lora_dropout = 0.0  # it runs while the policy is in training mode
-        transformers.utils.logging.set_verbosity_error()  # the report on one adapter would miss the other
+        transformers.utils.logging.set_verbosity_error()  # it would report the other adapter as missing
         loaded = model.load_adapter(path, name, peft_config=config, download_kwargs=where)
         transformers.utils.logging.set_verbosity_warning()
         if loaded.unexpected_keys or any(f".{name}." in key for key in loaded.missing_keys):
@@ -988,7 +997,7 @@ def load_reference(path: str | None, policy, args: Arguments, device, *, updated
 
 
 def shard(model, args: Arguments, device: torch.device, *, reshard_after_forward: bool):
-    """Spread weights over all processes. Layers are gathered one at a time, the others for the whole pass."""
+    """Spread weights over processes. Those of layers are gathered one by one, others for the whole pass."""
     size = args.hsdp_shard_size or dist.get_world_size()
     shape = (dist.get_world_size() // size, size)
     mesh = dist.init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard"))
@@ -996,7 +1005,7 @@ def shard(model, args: Arguments, device: torch.device, *, reshard_after_forward
     options = {"param_dtype": torch.bfloat16, "reduce_dtype": torch.float32} if args.bf16 else {}
     # FSDP must not cast the inputs of layers: generate() runs without its hooks and would not cast either.
     precision = MixedPrecisionPolicy(**options, cast_forward_inputs=False)
-    # Weights of 4 bits cannot be sharded: every process has all of them, and of the others that are frozen.
+    # Weights of 4 bits cannot be sharded: every process has copies of them, and of all other frozen weights.
     is_4bit, options = getattr(model, "is_loaded_in_4bit", False), {"mesh": mesh, "mp_policy": precision}
     options["ignored_params"] = {p for p in model.parameters() if is_4bit and not p.requires_grad}
     layers = [m for m in model.modules() if type(m).__name__ in (model._no_split_modules or ())]
@@ -1027,7 +1036,7 @@ def set_learning_rate(optimizer, step: int, steps: int, args: Arguments) -> floa
 # ------------------------------------------------------------------------------------------------- generation
 @contextmanager
 def gathered(model, args: Arguments) -> Iterator[bool]:
-    """Gather the weights once for a whole generation, if they fit into memory; yields whether they do."""
+    """Gather the weights once for a whole generation, unless memory is short; yields whether it did."""
     fits = torch.ones((), device=model.device)
     if model.device.type == "cuda" and not model.config.is_encoder_decoder:  # generate() runs encoders alone
         size = sum(p.numel() * (2 if args.bf16 else p.element_size()) for p in model.parameters())
@@ -1038,8 +1047,8 @@ def gathered(model, args: Arguments) -> Iterator[bool]:
     hooks = [(part._forward_pre_hooks, part._forward_hooks) for part in parts]
     for part in parts:
         part.unshard()
-        # Remove the hooks that would gather and shard the weights again at every layer of every token, which
-        # are methods of FSDP's state. Other hooks are transformers', and collect the outputs of layers.
+        # Remove FSDP's hooks, which are methods of its state: they would gather and shard the weights again
+        # at every layer of every token. Other hooks are transformers', and collect the outputs of layers.
         for name in ("_forward_pre_hooks", "_forward_hooks"):
             kept = {i: hook for i, hook in getattr(part, name).items() if not hasattr(hook, "__self__")}
             setattr(part, name, kept)
@@ -1069,7 +1078,7 @@ def generate(model, tokenizer, prompts: list[list[int]], args: Arguments, images
     shortest_first = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # so that padding is short
     completions, size = [[] for _ in prompts], args.generation_batch_size
     side = "right" if decoder_prompt else "left"  # left: completions begin in the same column
-    # Layers are not compiled here: they would be anew, because of their cache.
+    # Layers run uncompiled: their growing cache would make torch.compile start again and again.
     with gathered(model, args) as full, torch.compiler.set_stance("force_eager"):
         for start in range(0, len(prompts), size):
             rows = shortest_first[start : start + size]
@@ -1098,7 +1107,7 @@ def complete(policy, tokenizer, test: Data, args: Arguments, step: int) -> tuple
         return {}, []
     rows = [i * n // count for i in range(rank, count, world)]  # spread over the test split
     prompts = test.tokens[rows]["prompt"]
-    torch.manual_seed(hash((args.seed, step, rank, 1)))  # four numbers: not the seed of a training step
+    torch.manual_seed(hash((args.seed, step, rank, 1)))  # the 1 keeps it from the seeds of training steps
     columns = {"step": [step] * len(rows), "row": rows}
     columns["prompt"] = tokenizer.batch_decode(prompts, skip_special_tokens=True)
     if "answer" in test.raw.column_names:
@@ -1141,7 +1150,7 @@ REPORTED |= {"learning_rate": "lr", "pairs_per_second": "pairs/s"}
 
 
 class Log:
-    """Global means of metrics, to metrics.jsonl (a line for each step and evaluation), console and tracker.
+    """Adds up metrics and writes them to metrics.jsonl (a line per step or evaluation), console, tracker.
 
     Scripts add sums over the pairs of micro-batches, divided by the number of pairs in the global batch; so
     the sum over processes is the mean. After SIGTERM or SIGINT, all_reduce says so at the end of the step.
@@ -1224,10 +1233,10 @@ class Log:
         if self.tracker:
             self.tracker.log(metrics, step=step)
         if self.is_main:
-            strict = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+            finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
             with one_line(f"cannot write the metrics of step {step}; the checkpoints are intact"):
                 self.completions.writelines(json.dumps(sample) + "\n" for sample in samples)
-                self.metrics.write(json.dumps({"step": step, **strict}, allow_nan=False) + "\n")
+                self.metrics.write(json.dumps({"step": step, **finite}, allow_nan=False) + "\n")
 
     def close(self) -> None:
         self.bar.close()
@@ -1237,7 +1246,8 @@ class Log:
 
 def reopen(path: Path, first_step: int) -> TextIO:
     """Open a file of JSON lines to append to, after cutting off those that a resumed run will write again."""
-    lines = path.read_text().split("\n")[:-1] if path.exists() else []  # a line without an end is torn
+    # A last line without an end was cut off by a kill.
+    lines = path.read_text().split("\n")[:-1] if path.exists() else []
     # A step's own line is written before its checkpoint, an evaluation of that step after it.
     kept = sum(row["step"] < first_step + ("loss" in row) for row in map(json.loads, lines))
     file = path.open("a", buffering=1)
@@ -1262,7 +1272,7 @@ def open_tracker(args: Arguments):
 
 
 # ------------------------------------------------------------------------------------------------ checkpoints
-# What may differ on resume; batch sizes change rounding, and so perhaps what is sampled.
+# What may differ on resume; batch sizes of a process change rounding, and so perhaps what is sampled.
 MAY_CHANGE = """launch output_dir overwrite_output_dir dataset_num_proc logging_steps report_to run_name
     per_device_train_batch_size per_device_eval_batch_size generation_batch_size gradient_accumulation_steps
     gradient_checkpointing save_steps save_total_limit push_to_hub hub_model_id traceback""".split()
@@ -1344,10 +1354,10 @@ def training_state(policy, optimizer, step: int, method_state: dict) -> dict:
 def save_checkpoint(args, policy, optimizer, step: int, method_state: dict, *, interrupted: bool) -> None:
     """Save the state after `step` steps; exit if interrupted. method_state has tensors, or dicts of them."""
     folder = Path(args.output_dir, "checkpoints", f"{step:08d}")
-    # What a write to a full disk says is no help: it is of torch's file format.
+    # On a full disk, torch's own error is about its file format.
     free = f"{shutil.disk_usage(args.output_dir).free // 2**20} MiB are free"
     with one_line(f"cannot save a checkpoint after step {step} ({free}); earlier ones are intact"):
-        if dist.get_rank() == 0:  # one that could not be loaded may be there
+        if dist.get_rank() == 0:  # one that resume could not load may be there
             (folder / ".metadata").unlink(missing_ok=True)
         # Without copying ahead: that would copy the whole state to pinned memory of the host first.
         writer = dcp.FileSystemWriter(folder, per_thread_copy_ahead=0)
@@ -1371,7 +1381,7 @@ def resume(args: Arguments, policy, optimizer, method_state: dict) -> int:
     for folder in reversed(checkpoints):
         state = training_state(policy, optimizer, 0, method_state)
         try:
-            # Weights that never had a gradient, as in LLaVA's last vision layer, have no moments there.
+            # Weights that never had a gradient, as in LLaVA's last vision layer, have no moments in it.
             dcp.load(state, checkpoint_id=folder, planner=dcp.DefaultLoadPlanner(allow_partial_load=True))
         except (Exception, dcp.CheckpointException) as error:
             say(f"the checkpoint {folder} cannot be loaded ({first_line(error)}): the one before it is used")
@@ -1412,7 +1422,7 @@ def save_model(args: Arguments, policy, tokenizer) -> None:
         if args.push_to_hub:
             hub, name = huggingface_hub.HfApi(), args.hub_model_id or Path(args.output_dir).name
             name = hub.create_repo(name, exist_ok=True).repo_id
-            ignored = ["checkpoints/*", "*.npy", "completions.jsonl", "run.json", "events.out.*"]
+            ignored = ["checkpoints/*", "*.npy", "completions.jsonl", "run.json", "events.out.*", ".lock"]
             hub.upload_folder(repo_id=name, folder_path=args.output_dir, ignore_patterns=ignored)
         write_run(args, finished=True)
         say(f"finished: {args.output_dir} has the model, metrics.jsonl, and samples in completions.jsonl")
@@ -1592,7 +1602,7 @@ def parse(kind: type[Arguments], **toy) -> Arguments:
     if lora_flags and (is_adapter or not args.use_peft):
         fail(f"{lora_flags[0]} is for a new adapter: it needs --use_peft, and a model that is not an adapter")
     name = Path(given.model_name_or_path or "toy").resolve().name
-    losses = getattr(args, "loss_type", "sigmoid")  # SimPO's is not where CPO is
+    losses = getattr(args, "loss_type", "sigmoid")  # SimPO is a loss type, and gets a directory of its own
     losses = {losses} if isinstance(losses, str) else {*losses}
     parts = [name, Path(sys.argv[0]).stem, *sorted(losses - {"sigmoid"})]
     args.output_dir = args.output_dir or f"output/{'-'.join(parts)}"

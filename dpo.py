@@ -14,14 +14,14 @@ held-out pairs to 0.58, the margin between the rewards to 0.23 and the accuracy 
 Differs from the paper: AdamW with linear decay of the learning rate, instead of RMSprop without decay.
 Differs from the authors' code: sequences are packed instead of padded, which changes no result, and a row
 whose prompt is too long is dropped, unless --truncate_prompt cuts it. DPO's relatives, their losses and
-options, follow the training loop; a first reader skips them.
+options, follow the training loop; skip them on a first reading.
 
     python dpo.py                                     the built-in example, about a minute on a laptop
     torchrun --nproc_per_node 8 dpo.py --model_name_or_path Qwen/Qwen2-0.5B-Instruct \
         --dataset_name trl-lib/ultrafeedback_binarized --output_dir Qwen2-0.5B-DPO
 
-A vision–language model takes images from a column image or images, and their places from the messages of the
-prompt: {"type": "image"}.
+For a vision–language model, images are in the column image or images, and {"type": "image"} in the messages
+of the prompt marks the place of each.
 """
 
 from __future__ import annotations
@@ -60,8 +60,8 @@ def dpo_loss(
     """Losses (B,) of B pairs, from log-probabilities (B,) of their answers under policy and reference.
 
     Each is a sum over the tokens of an answer; for loss types in AVERAGED, pass means over tokens. Training
-    minimises the mean of the losses. related_loss has all other loss types, and `options` for it. Raises
-    ValueError for what is not defined.
+    minimises the mean of the losses. For the other loss types, and their `options`, see related_loss. Raises
+    ValueError for options that are invalid.
     """
     if not beta > 0:
         raise ValueError(f"beta must be positive, not {beta}")
@@ -82,7 +82,8 @@ def loss_and_metrics(
     """What this micro-batch adds to the global batch's mean loss and metrics.
 
     That is a sum over its pairs, divided by the number of pairs in the global batch. So neither loss nor
-    gradient depends on how a batch is split over processes and micro-batches.
+    gradient depends on how a batch is split over processes and micro-batches. bco_rewards is for the loss
+    type bco_pair only.
     """
     ref_logps = reference_logps(batch)  # (B, 2). First, before the policy's activations take up memory
     pair_weights = 1.0
@@ -109,10 +110,10 @@ def loss_and_metrics(
         sums["nll_loss"] = -(logps[:, 0] / answer_lengths(batch)[:, 0]).sum()
     metrics = {name: value / batch.global_pairs for name, value in sums.items()}
     if policy.router_loss is not None:
-        # A mixture of experts that balances its load. This is not a sum over pairs; it is the mean over
+        # What balances the load of a mixture of experts is not a sum over pairs; it is the mean over
         # micro-batches, weighted by their numbers of pairs.
         metrics["aux_loss"] = policy.router_loss * len(logps) / batch.global_pairs
-        loss = loss + policy.config.router_aux_loss_coef * metrics["aux_loss"]
+        loss = loss + policy.config.get_text_config().router_aux_loss_coef * metrics["aux_loss"]
     return loss, {"loss": loss} | metrics
 
 
@@ -136,7 +137,7 @@ def frozen_logps(reference, args: Arguments, batch: Batch) -> Tensor:
 @torch.no_grad()
 def evaluate(policy, reference_logps, tokenizer, test: Data, args, log, step: int, bco_rewards) -> None:
     """Metrics of the test pairs, all of them as one global batch, and completions of test prompts."""
-    # Here aot sorts what all processes hold at a time: its value depends on per_device_eval_batch_size.
+    # The value of aot, which sorts what all processes hold at a time, depends on per_device_eval_batch_size.
     policy.eval()  # without the dropout of LoRA
     rows = test.lengths.sum(1).argsort(kind="stable")  # micro-batches of similar length
     for batch in common.micro_batches(test, rows, args.per_device_eval_batch_size, policy.device):
@@ -213,7 +214,7 @@ def main(args: Arguments) -> None:
 # ----------------------------------------------------------------------- DPO's relatives: their losses
 
 # Grouped by what they depend on: the difference of the two rewards; the two rewards separately; means over
-# tokens; or the order of all pairs of a step, which they sort.
+# tokens; or all pairs of a step, which are sorted.
 MARGIN = ("sigmoid", "hinge", "robust", "exo_pair", "discopop")
 REWARDS = ("nca_pair", "bco_pair", "sppo_hard", "apo_zero", "apo_down")
 AVERAGED = ("ipo", "sigmoid_norm", "sft")
@@ -236,7 +237,7 @@ def related_loss(
     discopop_tau: float = 0.05,
     bco_delta: float = 0.0,
 ) -> Tensor:
-    """dpo_loss for all loss types and options. ε is label_smoothing and z the difference of the rewards."""
+    """dpo_loss for all loss types and options. In comments, ε is label_smoothing and z is `margins`."""
     if not 0 <= label_smoothing < 0.5 or (label_smoothing and loss_type not in SMOOTHED):
         raise ValueError(f"label_smoothing must be in [0, 0.5), and is for {', '.join(SMOOTHED)} only")
     if not discopop_tau > 0:
@@ -259,7 +260,7 @@ def related_loss(
             # DPO, 2305.18290 eq. 7; length-normalised as in SimPO's appendix and Tülu 3
             return classify(margins)
         case "hinge":
-            # RSO (2309.06657), SLiC (2305.10425): a support vector machine on the same margin
+            # RSO (2309.06657), SLiC (2305.10425): the hinge loss of support vector machines
             return F.relu(1 - margins)
         case "ipo":
             # 2310.12036 eq. 17, of means as in its experiments: take the difference to 1/2β, not to infinity
@@ -300,7 +301,8 @@ def related_loss(
             policy_margins, ref_margins = chosen_logps - rejected_logps, ref_chosen_logps - ref_rejected_logps
             return classify(beta * (policy_margins.sort().values - ref_margins.sort().values))
         case "aot_unpaired" | "aot_pair":
-            # the sorted rewards of all chosen answers should exceed those of all rejected, rank by rank
+            # the sorted rewards of all chosen answers should exceed those of all rejected, rank by rank;
+            # aot_pair is TRL's older name for it
             return classify(beta * (chosen_log_ratio.sort().values - rejected_log_ratio.sort().values))
         case "sft":
             # imitation of the chosen answer, as a term of weighted sums such as MPO (2411.10442)
@@ -378,7 +380,7 @@ def weighted_sum_of_losses(
 
 
 def loss_options(loss_type: str, args: Arguments, bco_rewards: Tensor) -> dict:
-    """The options of dpo_loss, for this loss type; none for DPO itself."""
+    """The options of dpo_loss, for this loss type; none for DPO itself without label smoothing."""
     options, smoothing = {}, args.label_smoothing
     if loss_type == "exo_pair" and smoothing is None:
         smoothing = 1e-3
@@ -427,23 +429,27 @@ def token_logps_and_pair_weights(policy, batch: Batch) -> tuple[Tensor, Tensor]:
 
 
 def in_both_answers(batch: Batch) -> Tensor:
-    """(2B, L) bool: false past the end of a pair's shorter answer, where LD-DPO applies the weight ld_alpha.
+    """(2B, L) bool: where both answers of a pair have a token; LD-DPO weights the others by ld_alpha.
 
     Source: 2409.06411. The logged rewards and log-probabilities are weighted as well.
     """
-    pairs = batch.completions.unflatten(0, (-1, 2))  # (B, 2, L): both answers begin in the same column
-    return pairs.all(1, keepdim=True).expand_as(pairs).flatten(0, 1)
+    is_answer = batch.completions.unflatten(0, (-1, 2))  # (B, 2, L): both begin in the same column
+    return is_answer.all(1, keepdim=True).expand_as(is_answer).flatten(0, 1)
 
 
 def load_reference(args: Arguments, device: torch.device, tokenizer, policy):
     """The model that the policy is compared with; by default the policy as it is before training."""
-    # `with reference() as model:` gives it. With LoRA it is the policy itself, as it was before training.
+    # Returns a function: `with reference() as model:`. With LoRA, the model is the policy itself, which is as
+    # it was before training until the block ends.
     path = args.ref_model_name_or_path
     other = common.load_tokenizer(path, args) if path else tokenizer
     if other.get_vocab() != tokenizer.get_vocab():
         common.fail(f"the reference {path} has another vocabulary than {args.model_name_or_path}")
-    if hasattr(other, "vision") != hasattr(tokenizer, "vision"):
-        common.fail(f"only one of the reference {path} and {args.model_name_or_path} takes images")
+    kinds = [(hasattr(x, "vision"), x.decoder_prompt) for x in (other, tokenizer)]
+    if kinds[0] != kinds[1]:
+        common.fail(
+            f"only one of the reference {path} and {args.model_name_or_path} has images or an encoder"
+        )
     reference = common.load_reference(path, policy, args, device, updated=args.sync_ref_model)
     with reference() as model:
         shapes, policy_shapes = ([p.shape for p in m.parameters()] for m in (model, policy))
@@ -453,8 +459,8 @@ def load_reference(args: Arguments, device: torch.device, tokenizer, policy):
 
 
 def precompute(reference_logps, train: Data, test: Data | None, batches, args: Arguments, device) -> tuple:
-    """Compute the reference's log-probabilities of all pairs; a function of a batch for each split."""
-    # The micro-batches of epoch 1, so that the reference rounds as the policy does; then the rows left over.
+    """Compute the reference's log-probabilities of all pairs; returns what looks them up, for each split."""
+    # The micro-batches of epoch 1, so that the reference rounds as the policy does; then the other rows.
     first_epoch = batches[: len(train.lengths) // batches.shape[1]]
     groups, size = [*first_epoch, np.setdiff1d(batches, first_epoch)], args.per_device_train_batch_size
     train_table = reference_table(reference_logps, train, "train", groups, size, args, device)
@@ -501,7 +507,9 @@ class Arguments(common.Arguments):
     ref_model_name_or_path: str | None = arg(None, "the reference [the policy as it is before training]")
     ref_adapter_name: str | None = arg(None, "the reference: an adapter in a folder of model_name_or_path")
     freeze_vision_tower: bool = arg(False, "train only the rest of a vision–language model")
-    precompute_ref_log_probs: bool = arg(False, "compute those of the reference first, then free it")
+    precompute_ref_log_probs: bool = arg(
+        False, "compute the reference's log-probabilities before training, then free it"
+    )
     sync_ref_model: bool = arg(False, "let the reference follow the policy (TR-DPO, 2404.09656)")
     ref_model_sync_steps: int = arg(512, "steps between updates of the reference")
     ref_model_mixup_alpha: float = arg(0.6, "share of the policy in the updated reference")

@@ -202,6 +202,16 @@ def test_the_initial_adapter_is_a_function_of_the_seed(base):
     assert not torch.equal(first[name].full_tensor(), other[name].full_tensor())
 
 
+def test_an_adapter_knows_the_revision_of_the_model_it_belongs_to(base, tmp_path):
+    args = arguments(base, model_revision="v2", use_peft=True)
+    model = common.load_model(str(base), args, torch.device("cpu"), trainable=True)
+    model.peft_config["default"].base_model_name_or_path = "on/the-hub"
+    model.peft_config["default"].save_pretrained(tmp_path)
+    later = arguments(tmp_path)
+    assert common.adapter_base(str(tmp_path), later) == "on/the-hub"
+    assert common.revision_of("on/the-hub", later) == "v2" and common.revision_of("other", later) == "main"
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_the_learning_rate_of_lora_is_ten_times_as_large(monkeypatch, base, method):
     judge = " --judge tests/conftest.py:tiny" if method == "xpo" else ""
