@@ -805,7 +805,7 @@ def revision_of(path: str, args) -> str:
 
 
 def load_tokenizer(path: str, args: Arguments):
-    """The tokenizer of a model that this script can train, with `decoder_prompt` and, for images, `vision`."""
+    """The tokenizer of a model that this script can train; it gets `decoder_prompt` and maybe `vision`."""
     base = adapter_base(path, args) or path
     has_tokenizer = base == path or has_file(path, "tokenizer_config.json", revision=revision_of(path, args))
     tokenizer = from_pretrained(transformers.AutoTokenizer, path if has_tokenizer else base, args)
