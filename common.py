@@ -158,17 +158,15 @@ def collate(
         scored[::k] = has_label[::k]
     tensors = {"labels": tokens[labeled, 1:], "completions": completions[labeled], "scored": scored[labeled]}
     tensors["padded_index"] = scored[labeled].nonzero().T
+    tensors["inputs"] = {"input_ids": tokens[:, :-1], "attention_mask": has_label.long()}
     if decoder_prompt:
         prompts, mask = pad([prompt for prompt, *_ in inputs for _ in range(k)])  # (2B, P)
-        tensors["inputs"] = {"input_ids": prompts, "decoder_input_ids": tokens[:, :-1]}
+        of_encoder = {"input_ids": prompts, "attention_mask": mask.long()}
+        tensors["inputs"] = of_encoder | {"decoder_input_ids": tokens[:, :-1]}
+    elif vision:  # such models are not packed
+        tensors["inputs"] = vision.inputs(tokens[:, :-1], images) | tensors["inputs"]
     else:
-        mask = has_label
-        tensors["inputs"] = {"input_ids": tokens[:, :-1]}
-        if vision:  # such models are not packed
-            tensors["inputs"] |= vision.inputs(tokens[:, :-1], images)
-        else:
-            tensors |= pack(inputs, scored[labeled])
-    tensors["inputs"]["attention_mask"] = mask.long()
+        tensors |= pack(inputs, scored[labeled])
     return Batch(per_prompt=k, **tree_map_only(Tensor, partial(copy_to, device), tensors), **fields)
 
 
@@ -672,7 +670,7 @@ def encode_labels(tokenizer, text: str) -> list[int]:
 def global_batches(data: Data, args: Arguments) -> np.ndarray:
     """The row numbers of all global batches of the run, (steps, batch_size). They follow from the seed."""
     # A batch is a random sample, sorted by length. Rows left over at the end of an epoch are not used.
-    rows, world, epochs = len(data.lengths), dist.get_world_size(), []
+    rows, world = len(data.lengths), dist.get_world_size()
     size = min(args.batch_size, rows // world * world)
     if not size:
         fail(f"{world} processes need at least {world} rows; there are {rows}")
@@ -682,12 +680,12 @@ def global_batches(data: Data, args: Arguments) -> np.ndarray:
         steps < 20
     )
     say(f"training: {steps} steps, each of {size} of the {rows} rows{few}")
-    for epoch in range(math.ceil(steps / per_epoch)):
-        order = np.random.default_rng((args.seed, epoch)).permutation(rows)[: per_epoch * size]
-        order = order.reshape(per_epoch, size)
-        short_first = data.lengths.sum(1)[order].argsort(axis=1, kind="stable")
-        epochs.append(np.take_along_axis(order, short_first, axis=1))
-    return np.concatenate(epochs)[:steps]
+    epochs = range(math.ceil(steps / per_epoch))
+    orders = [np.random.default_rng((args.seed, epoch)).permutation(rows) for epoch in epochs]
+    batches = [order[: per_epoch * size].reshape(per_epoch, size) for order in orders]
+    batches = np.concatenate(batches)[:steps]
+    short_first = data.lengths.sum(1)[batches].argsort(axis=1, kind="stable")
+    return np.take_along_axis(batches, short_first, axis=1)
 
 
 def micro_batches(data: Data, rows: np.ndarray, size: int, device: torch.device) -> Iterator[Batch]:
@@ -998,10 +996,9 @@ def load_reference(path: str | None, policy, args: Arguments, device, *, updated
 
 def shard(model, args: Arguments, device: torch.device, *, reshard_after_forward: bool):
     """Spread weights over processes. Those of layers are gathered one by one, others for the whole pass."""
-    size = args.hsdp_shard_size or dist.get_world_size()
-    shape = (dist.get_world_size() // size, size)
-    mesh = dist.init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard"))
-    mesh = mesh if shape[0] > 1 else mesh["shard"]
+    world, size = dist.get_world_size(), args.hsdp_shard_size or dist.get_world_size()
+    axes = {"shard": size} if size == world else {"replicate": world // size, "shard": size}
+    mesh = dist.init_device_mesh(device.type, (*axes.values(),), mesh_dim_names=(*axes,))
     options = {"param_dtype": torch.bfloat16, "reduce_dtype": torch.float32} if args.bf16 else {}
     # FSDP must not cast the inputs of layers: generate() runs without its hooks and would not cast either.
     precision = MixedPrecisionPolicy(**options, cast_forward_inputs=False)

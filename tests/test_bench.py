@@ -4,6 +4,7 @@ import json
 import random
 import re
 import runpy
+import subprocess
 import sys
 from pathlib import Path
 
@@ -166,6 +167,20 @@ def test_bad_input_is_one_line(world, monkeypatch, what, message):
         make(monkeypatch, **{"out": "out"} | what)
     assert "\n" not in str(found.value) and not Path("out").exists()
     assert Path("full/train.jsonl").read_text() == "kept"
+
+
+def test_collectives_of_a_step_are_those_that_the_traffic_is_computed_from():
+    """Of a policy of four layers, with its backward pass, and of its reference."""
+    line = "import json, memory as m; c = m.Qwen2Config(**json.loads('%s'), tie_word_embeddings=True); "
+    line += "print(json.dumps([m.collectives(c, 8, group) for group in (8, 4)]))"
+    sizes = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 4}
+    sizes |= {"num_attention_heads": 2, "num_key_value_heads": 1}
+    command = [sys.executable, "-c", line % json.dumps(sizes)]
+    options = {"capture_output": True, "text": True, "cwd": ROOT / "tests" / "bench"}
+    whole, groups = json.loads(subprocess.run(command, check=True, **options).stdout.splitlines()[-1])
+    # Forward, backward without the root's weights, and the reference; each part has one gradient.
+    assert whole == {"_allgather_base_": 5 + 4 + 5, "_reduce_scatter_base_": 5}
+    assert groups == whole | {"allreduce_": 5}
 
 
 def test_a_chat_is_one_conversation_until_a_new_one(monkeypatch, capsys):
