@@ -60,7 +60,7 @@ def alphapo_loss(
 
 
 class PowerDifference(torch.autograd.Function):
-    """β (e^(-αy) - e^(-αx))/α of x and y, all (B,), safe against overflow in value and gradient."""
+    """β (e^(-αy) - e^(-αx))/α of x and y, all (B,); a value that overflows becomes the largest number."""
 
     @staticmethod
     def forward(ctx, x: Tensor, y: Tensor, alpha: float, beta: float) -> Tensor:

@@ -987,7 +987,7 @@ def as_before_training(policy) -> Iterator:
 
 
 def load_reference(path: str | None, policy, args: Arguments, device, *, updated: bool = False) -> Callable:
-    """The model in `path`, or by default the policy before training: `with reference() as model:`."""
+    """A function, `with open_reference() as reference:`, of the model in `path` or the policy as it was."""
     if policy.adapted and not path:
         return partial(as_before_training, policy)  # the same model: there is no second copy in memory
     path = path or policy_path(args)

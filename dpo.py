@@ -128,10 +128,10 @@ def sum_over_tokens(token_logps: Tensor, batch: Batch, args: Arguments) -> Tenso
 
 
 @torch.no_grad()
-def frozen_logps(reference, args: Arguments, batch: Batch) -> Tensor:
+def frozen_logps(open_reference, args: Arguments, batch: Batch) -> Tensor:
     """log π_ref(y|x) of chosen and rejected answers, (B, 2)."""
-    with reference() as model:
-        return sum_over_tokens(model.token_logps(batch), batch, args)
+    with open_reference() as reference:
+        return sum_over_tokens(reference.token_logps(batch), batch, args)
 
 
 @torch.no_grad()
@@ -158,30 +158,30 @@ def main(args: Arguments) -> None:
     policy = common.load_model(common.policy_path(args), args, device, trainable=True)
     if args.freeze_vision_tower:
         policy.get_encoder(modality="image").requires_grad_(False)
-    reference = load_reference(args, device, tokenizer, policy)
+    open_reference = load_reference(args, device, tokenizer, policy)
     optimizer = common.adamw(policy, args)
     bco_rewards = torch.zeros(2, dtype=torch.float64)  # BCO: sum of mean rewards, and number of steps
     method_state = {"bco_rewards": bco_rewards}
     if args.sync_ref_model:
-        with reference() as model:
-            method_state["reference"] = model.state_dict()
+        with open_reference() as reference:
+            method_state["reference"] = reference.state_dict()
     common.claim_output_dir(args)
     first_step = common.resume(args, policy, optimizer, method_state)
 
-    train_reference = test_reference = partial(frozen_logps, reference, args)
+    train_ref_logps = test_ref_logps = partial(frozen_logps, open_reference, args)
     if args.precompute_ref_log_probs:
-        train_reference, test_reference = precompute(train_reference, train, test, batches, args, device)
-        reference = None
+        train_ref_logps, test_ref_logps = precompute(train_ref_logps, train, test, batches, args, device)
+        open_reference = None
         gc.collect()  # the model refers to itself through token_logps: only the collector frees it
 
     log = common.Log(args, first_step, batches, train)
     if test is not None and log.evaluation_due(first_step):
-        evaluate(policy, test_reference, tokenizer, test, args, log, first_step, bco_rewards)
+        evaluate(policy, test_ref_logps, tokenizer, test, args, log, first_step, bco_rewards)
     for step in range(first_step, len(batches)):
         torch.manual_seed(hash((args.seed, step, rank)))  # makes a step reproducible after a resume
         lr = common.set_learning_rate(optimizer, step, len(batches), args)
         for batch in common.micro_batches(train, batches[step], args.per_device_train_batch_size, device):
-            loss, metrics = loss_and_metrics(policy, train_reference, batch, args, bco_rewards)
+            loss, metrics = loss_and_metrics(policy, train_ref_logps, batch, args, bco_rewards)
             (loss * world).backward()  # fully_shard averages gradients over processes; the sum is needed
             log.add(metrics)
         norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), args.max_grad_norm)
@@ -195,8 +195,8 @@ def main(args: Arguments) -> None:
             reward = (metrics["rewards/chosen"] + metrics["rewards/rejected"]) / 2
             bco_rewards += torch.tensor([reward, 1.0], dtype=torch.float64)
         if args.sync_ref_model and (step + 1) % args.ref_model_sync_steps == 0:
-            with reference() as model:
-                for old, new in zip(model.parameters(), policy.parameters(), strict=True):
+            with open_reference() as reference:
+                for old, new in zip(reference.parameters(), policy.parameters(), strict=True):
                     old.data.lerp_(new.data, args.ref_model_mixup_alpha)
         tokens = train.lengths[batches[step]].sum()
         log.step(step, metrics | {"grad_norm": grad_norm, "learning_rate": lr}, tokens)
@@ -205,7 +205,7 @@ def main(args: Arguments) -> None:
         if done == len(batches) or interrupted or done % args.save_steps == 0:
             common.save_checkpoint(args, policy, optimizer, done, method_state, interrupted=interrupted)
         if test is not None and log.evaluation_due(done):
-            evaluate(policy, test_reference, tokenizer, test, args, log, done, bco_rewards)
+            evaluate(policy, test_ref_logps, tokenizer, test, args, log, done, bco_rewards)
     common.save_model(args, policy, tokenizer)
     log.close()
     dist.destroy_process_group()
@@ -439,8 +439,8 @@ def in_both_answers(batch: Batch) -> Tensor:
 
 def load_reference(args: Arguments, device: torch.device, tokenizer, policy):
     """The model that the policy is compared with; by default the policy as it is before training."""
-    # Returns a function: `with reference() as model:`. With LoRA, the model is the policy itself, which is as
-    # it was before training until the block ends.
+    # Returns a function, for `with open_reference() as reference:`. With LoRA, the reference is the policy
+    # itself, which is as it was before training until the block ends.
     path = args.ref_model_name_or_path
     other = common.load_tokenizer(path, args) if path else tokenizer
     if other.get_vocab() != tokenizer.get_vocab():
@@ -450,12 +450,12 @@ def load_reference(args: Arguments, device: torch.device, tokenizer, policy):
         common.fail(
             f"only one of the reference {path} and {args.model_name_or_path} has images or an encoder"
         )
-    reference = common.load_reference(path, policy, args, device, updated=args.sync_ref_model)
-    with reference() as model:
-        shapes, policy_shapes = ([p.shape for p in m.parameters()] for m in (model, policy))
+    open_reference = common.load_reference(path, policy, args, device, updated=args.sync_ref_model)
+    with open_reference() as reference:
+        shapes, policy_shapes = ([p.shape for p in m.parameters()] for m in (reference, policy))
         if args.sync_ref_model and shapes != policy_shapes:
             common.fail(f"--sync_ref_model averages weights, but those of {path} have other shapes")
-    return reference
+    return open_reference
 
 
 def precompute(reference_logps, train: Data, test: Data | None, batches, args: Arguments, device) -> tuple:

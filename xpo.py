@@ -86,7 +86,7 @@ def xpo_loss(
 
 
 def loss_and_metrics(
-    policy, reference, batch: Batch, policy_wins: Tensor, args: Arguments, epoch: int
+    policy, open_reference, batch: Batch, policy_wins: Tensor, args: Arguments, epoch: int
 ) -> tuple[Tensor, dict]:
     """What this micro-batch adds to the global batch's mean loss and metrics.
 
@@ -95,8 +95,8 @@ def loss_and_metrics(
     batch. So neither loss nor gradient depends on how a batch is split over processes and micro-batches.
     """
     alpha, beta = value_in(args.alpha, epoch), value_in(args.beta, epoch)
-    with torch.no_grad(), reference() as model:  # first, before the policy's activations take up memory
-        ref_logps = model.token_logps(batch).sum(1).view(-1, 2)  # (B, 2): of y and ỹ
+    with torch.no_grad(), open_reference() as reference:  # first: the policy's activations take up memory
+        ref_logps = reference.token_logps(batch).sum(1).view(-1, 2)  # (B, 2): of y and ỹ
     token_logps = policy.token_logps(batch)  # (2B, L): log π of each token of an answer
     logps = token_logps.sum(1).view(-1, 2)  # (B, 2): of y and ỹ; DPO sums over tokens
     # IPO compares means over tokens. alpha times the length of ỹ keeps the bonus a sum.
@@ -162,14 +162,14 @@ class Samples:
     seconds: dict[str, float]
 
 
-def sample(policy, reference, decide: Callable, tokenizer, data: Data, rows, args: Arguments) -> Samples:
+def sample(policy, open_reference, decide: Callable, tokenizer, data: Data, rows, args: Arguments) -> Samples:
     """Let both models answer the prompts of these rows, and `decide` say which answer is better."""
     start = time.perf_counter()
     prompts, eos = data.tokens[rows]["prompt"], common.eos_ids(policy, tokenizer)
     options = sampling(args)
     answers = [common.generate(policy, tokenizer, prompts, args, **options)]
-    with reference() as model:
-        answers.append(common.generate(model, tokenizer, prompts, args, **options))
+    with open_reference() as reference:
+        answers.append(common.generate(reference, tokenizer, prompts, args, **options))
     generated = time.perf_counter()
     ended = torch.tensor([[y[-1] in eos for y in pair] for pair in zip(*answers, strict=True)])
     # The judge or reward model sees every generated token, including special tokens, except a final EOS.
@@ -348,14 +348,14 @@ def sample_metrics(samples: Samples, total: int) -> dict[str, Tensor | float]:
 
 
 @torch.no_grad()
-def evaluate(policy, reference, decide, tokenizer, test: Data, args: Arguments, log, step: int) -> None:
+def evaluate(policy, open_reference, decide, tokenizer, test: Data, args: Arguments, log, step: int) -> None:
     """Log how often the policy's answers beat the reference's on test prompts, with completions."""
     metrics, completions = common.complete(policy, tokenizer, test, args, step)
     if not completions:  # there are fewer test prompts than processes, or eval_prompts is 0
         return log.evaluation(step, metrics, completions)
     total = len(completions)
     rows = [completion["row"] for completion in completions][dist.get_rank() :: dist.get_world_size()]
-    samples = sample(policy, reference, decide, tokenizer, test, rows, args)
+    samples = sample(policy, open_reference, decide, tokenizer, test, rows, args)
     log.add(sample_metrics(samples, total))
     repeated = [prompt for prompt, _, _ in samples.tokens for _ in range(4)]
     four = common.generate(policy, tokenizer, repeated, args, **sampling(args))
@@ -378,7 +378,7 @@ def main(args: Arguments) -> None:
     # The row numbers of all batches, (steps, batch_size), are the same on all processes.
     batches = common.global_batches(train, args)
     policy = common.load_model(common.policy_path(args), args, device, trainable=True)
-    reference = common.load_reference(None, policy, args, device, updated=args.sync_ref_model)
+    open_reference = common.load_reference(None, policy, args, device, updated=args.sync_ref_model)
     if args.judge:
         judge = load_pair_rm(args, device) if args.is_pair_rm else load_judge(args.judge)
         decide = partial(judge_pairs, judge)
@@ -388,19 +388,19 @@ def main(args: Arguments) -> None:
     optimizer = common.adamw(policy, args)
     method_state = {}
     if args.sync_ref_model:
-        with reference() as model:
-            method_state["reference"] = model.state_dict()
+        with open_reference() as reference:
+            method_state["reference"] = reference.state_dict()
     common.claim_output_dir(args)
     first_step = common.resume(args, policy, optimizer, method_state)
 
     log = common.Log(args, first_step, batches, train)
     if test is not None and log.evaluation_due(first_step):
-        evaluate(policy, reference, decide, tokenizer, test, args, log, first_step)
+        evaluate(policy, open_reference, decide, tokenizer, test, args, log, first_step)
     for step in range(first_step, len(batches)):
         torch.manual_seed(hash((args.seed, step, rank)))  # makes a step reproducible after a resume
         lr = common.set_learning_rate(optimizer, step, len(batches), args)
         epoch = step // (len(train.lengths) // batches.shape[1])
-        samples = sample(policy, reference, decide, tokenizer, train, batches[step][rank::world], args)
+        samples = sample(policy, open_reference, decide, tokenizer, train, batches[step][rank::world], args)
         # A tie counts as a win of the policy. Where the judge failed, a coin decides.
         better, coins = samples.preferences, torch.rand(len(samples.preferences)) < 0.5
         policy_wins = torch.where(better.isnan(), coins, better >= 0).to(device)  # (B,) bool
@@ -408,7 +408,7 @@ def main(args: Arguments) -> None:
         for i in range(0, len(policy_wins), args.per_device_train_batch_size):
             part = slice(i, i + args.per_device_train_batch_size)
             batch = common.collate(samples.tokens[part], device, global_pairs=batches.shape[1])
-            loss, metrics = loss_and_metrics(policy, reference, batch, policy_wins[part], args, epoch)
+            loss, metrics = loss_and_metrics(policy, open_reference, batch, policy_wins[part], args, epoch)
             (loss * world).backward()  # fully_shard averages gradients over processes; the sum is needed
             log.add(metrics)
         norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), args.max_grad_norm)
@@ -424,8 +424,8 @@ def main(args: Arguments) -> None:
         metrics, interrupted = log.all_reduce()
         metrics |= {"alpha": value_in(args.alpha, epoch), "beta": value_in(args.beta, epoch)}
         if args.sync_ref_model and (step + 1) % args.ref_model_sync_steps == 0:
-            with reference() as model:
-                for old, new in zip(model.parameters(), policy.parameters(), strict=True):
+            with open_reference() as reference:
+                for old, new in zip(reference.parameters(), policy.parameters(), strict=True):
                     old.data.lerp_(new.data, args.ref_model_mixup_alpha)
         tokens = metrics.pop("tokens")
         log.step(step, metrics | {"grad_norm": grad_norm, "learning_rate": lr}, tokens)
@@ -434,7 +434,7 @@ def main(args: Arguments) -> None:
         if done == len(batches) or interrupted or done % args.save_steps == 0:
             common.save_checkpoint(args, policy, optimizer, done, method_state, interrupted=interrupted)
         if test is not None and log.evaluation_due(done):
-            evaluate(policy, reference, decide, tokenizer, test, args, log, done)
+            evaluate(policy, open_reference, decide, tokenizer, test, args, log, done)
     common.save_model(args, policy, tokenizer)
     log.close()
     dist.destroy_process_group()
