@@ -159,6 +159,11 @@ WRONG = [  # method, flags, what is said
         "{model} {data} --ref_model_name_or_path {dir}/shuffled",
         "shuffled has another vocabulary than {toy}",
     ),
+    (
+        "dpo",
+        "{model} {data} --ref_model_name_or_path {dir}/t5",
+        "{dir}/t5 and {toy} has images or an encoder",
+    ),
     ("xpo", "--reward_model_path {dir}/two", "has 2 outputs; a reward model has one"),
     ("xpo", "--reward_model_path {dir}/no_template", "reward model's tokenizer has no chat template"),
     # Data.

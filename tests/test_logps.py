@@ -82,6 +82,19 @@ def test_a_model_that_does_more_to_its_hidden_states_returns_its_own_logits():
     torch.testing.assert_close(got, by_hand(model, pairs), rtol=0, atol=1e-10)
 
 
+def test_a_model_that_cannot_run_the_check_is_padded(monkeypatch, capsys):
+    """As one that wants more inputs while it is trained."""
+
+    def fails(model, batch):
+        raise ValueError("token_type_ids are required")
+
+    monkeypatch.setattr(common, "plain_token_logps", fails)
+    model = tiny("llama")
+    choose_forward_pass(model)
+    assert model.forward_pass == "padded" and model.config._attn_implementation == "sdpa"
+    assert "because ValueError: token_type_ids are required" in capsys.readouterr().out
+
+
 def test_the_batch_is_the_picture_of_its_docstring():
     p1, p2, c1, c2, c3, r1, r2, q1 = range(10, 18)
     batch = batch_of([([p1, p2], [c1, c2, c3], [r1, r2]), ([q1], [c1, c2], [r1, r2, c3])])

@@ -307,7 +307,7 @@ def test_image_tokens_are_prompt_and_too_many_of_them_drop_the_row(folder, tmp_p
         tokenizer, data = load(folder, "llava", tmp_path / "train.jsonl", max_length=50, **flags)
         said = capsys.readouterr().out
         line = "2 of 4 rows (50.0%) of the train split are dropped: the prompt leaves no room in"
-        assert f"{line} max_length 50; see --truncate_prompt\n" in said
+        assert f"{line} max_length 50\n" in said  # images are never cut
         image = data.vision.processor.image_token_id
         assert [ids.count(image) for ids in data.tokens["prompt"]] == [16, 0]
         assert data.raw["images"][1] == []
@@ -378,7 +378,7 @@ def wrong(folder):
         (
             "dpo",
             "--model_name_or_path {dir}/llava --ref_model_name_or_path {dir}/text",
-            "only one of the reference {dir}/text and {dir}/llava takes images",
+            "only one of the reference {dir}/text and {dir}/llava has images or an encoder",
         ),
     ],
 )
