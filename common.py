@@ -1587,17 +1587,20 @@ def parse(kind: type[Arguments], **toy) -> Arguments:
     if not given.model_name_or_path:
         parser.set_defaults(**TOY | toy | ({"batch_size": None} if given.gradient_accumulation_steps else {}))
     is_adapter = bool(given.model_name_or_path and adapter_base(policy_path(given), given))
-    if is_adapter or given.use_peft:
-        # Ten times would be too much for the example's model, of which the adapter is a fifth.
-        learning_rate = parser.get_default("learning_rate") * (10 if given.model_name_or_path else 3)
-        parser.set_defaults(use_peft=is_adapter, learning_rate=learning_rate)
+    parser.set_defaults(use_peft=is_adapter)
     with one_line("wrong arguments"):
         (args,) = parser.parse_args_into_dataclasses()
+    words = [word.replace("-", "_") for word in sys.argv]  # the parser also takes --learning-rate
+    if args.use_peft and not any(word.startswith("__learning_rate") for word in words):
+        # Ten times would be too much for the example's model, of which the adapter is a fifth.
+        args.learning_rate *= 10 if given.model_name_or_path else 3
     if getattr(args, "ref_adapter_name", None) and not is_adapter:
         fail(f"--ref_adapter_name is for adapters, and {policy_path(args)} is none; see --model_adapter_name")
-    lora_flags = [flag for flag in sys.argv if flag.startswith(("--lora_", "--lora-"))]
+    lora_flags = [word[2:] for word in words if word.startswith("__lora_")]
     if lora_flags and (is_adapter or not args.use_peft):
-        fail(f"{lora_flags[0]} is for a new adapter: it needs --use_peft, and a model that is not an adapter")
+        fail(
+            f"--{lora_flags[0]} is for a new adapter: it needs --use_peft, and a model that is not an adapter"
+        )
     name = Path(given.model_name_or_path or "toy").resolve().name
     losses = getattr(args, "loss_type", "sigmoid")  # SimPO is a loss type, and gets a directory of its own
     losses = {losses} if isinstance(losses, str) else {*losses}

@@ -445,7 +445,7 @@ def load_reference(args: Arguments, device: torch.device, tokenizer, policy):
     other = common.load_tokenizer(path, args) if path else tokenizer
     if other.get_vocab() != tokenizer.get_vocab():
         common.fail(f"the reference {path} has another vocabulary than {args.model_name_or_path}")
-    kinds = [(hasattr(x, "vision"), x.decoder_prompt) for x in (other, tokenizer)]
+    kinds = [[hasattr(x, "vision"), getattr(x, "decoder_prompt", None)] for x in (other, tokenizer)]
     if kinds[0] != kinds[1]:
         common.fail(
             f"only one of the reference {path} and {args.model_name_or_path} has images or an encoder"

@@ -191,7 +191,7 @@ WRONG = [  # method, flags, what is said
         "{model} {dir}/kto.jsonl --rename_columns completion",
         "pairs such as question=prompt, not completion",
     ),
-    ("cpo", "{model} {dir}/kto.jsonl --rename_columns good=chosen", "--rename_columns: "),
+    ("cpo", "{model} {dir}/kto.jsonl --rename_columns good=chosen", "--rename_columns old=new: "),
     (
         "cpo",
         "{model} {dir}/sharegpt.jsonl",

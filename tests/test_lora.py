@@ -203,7 +203,7 @@ def test_the_initial_adapter_is_a_function_of_the_seed(base):
 
 
 def test_an_adapter_knows_the_revision_of_the_model_it_belongs_to(base, tmp_path):
-    args = arguments(base, model_revision="v2", use_peft=True)
+    args = arguments(base, model_revision="v2")
     model = common.load_model(str(base), args, torch.device("cpu"), trainable=True)
     model.peft_config["default"].base_model_name_or_path = "on/the-hub"
     model.peft_config["default"].save_pretrained(tmp_path)
@@ -221,7 +221,7 @@ def test_the_learning_rate_of_lora_is_ten_times_as_large(monkeypatch, base, meth
         assert parse(monkeypatch, method, f"{flags} --use_peft").learning_rate == pytest.approx(factor * rate)
         for flag in ("--learning_rate", "--learning-rate"):  # the parser takes both
             assert parse(monkeypatch, method, f"{flags} --use_peft {flag} 7e-9").learning_rate == 7e-9
-    with pytest.raises(SystemExit, match="--lora-r is for a new adapter"):
+    with pytest.raises(SystemExit, match="--lora_r is for a new adapter"):
         parse(monkeypatch, method, f"{real} --lora-r 4")
     adapter = real.replace(str(base), str(base.parent / "adapters" / "start"))
     assert parse(monkeypatch, method, adapter).learning_rate == pytest.approx(10 * rate)

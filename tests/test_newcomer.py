@@ -94,7 +94,8 @@ def test_a_batch_has_no_more_pairs_than_there_are(tmp_path, capsys):
     batches = common.global_batches(train, Arguments(batch_size=64, num_train_epochs=3))
     said = capsys.readouterr().out
     assert (
-        batches.shape == (3, 5) and "3 steps, each of 5 of the 5 rows; few change little: aim at 100" in said
+        batches.shape == (3, 5)
+        and "3 steps, each of 5 of the 5 rows; so few change little: aim at 100" in said
     )
     assert common.global_batches(train, Arguments(batch_size=5, max_steps=20)).shape == (20, 5)
     assert "20 steps, each of 5 of the 5 rows\n" in capsys.readouterr().out
@@ -252,8 +253,8 @@ def test_truncate_prompt_keeps_the_system_message_and_the_latest_turns():
         return tok.decode(found["prompt"]) or found["note"]
 
     assert prompt(99, system + turns) == "s0u1a2u3a4u5a"
-    assert prompt(14, system + turns) == "s0u1a2u3a4u5a"  # there is room for one token, as always
-    assert prompt(13, system + turns) == "s0u3a4u5a"
+    assert prompt(15, system + turns) == "s0u1a2u3a4u5a"  # there is room for both tokens of the answer
+    assert prompt(14, system + turns) == prompt(11, system + turns) == "s0u3a4u5a"
     assert prompt(10, system + turns) == "s0u5a"
     assert prompt(9, turns) == "u3a4u5a" and prompt(6, turns) == "u5a"
     assert "leaves no room" in prompt(3, turns)  # the last turn alone is too long
