@@ -112,7 +112,7 @@ class Contestant:
         script = {"cpo": cpo, "simpo": cpo, "orpo": orpo, "xpo": xpo, "generation": xpo}.get(method, dpo)
         options = {"loss_type": "simpo"} if method == "simpo" else {}
         options |= {"loss_type": [self.loss_type]} if script is dpo else {}
-        options |= {"judge": f"{__file__}:main"} if script is xpo else {}
+        options |= {"judge": f"{ROOT}/tests/bench/happy.py:happier"} if script is xpo else {}
         path = ADAPTER.format(folder) if self.lora else folder
         args = script.Arguments(
             model_name_or_path=path,
