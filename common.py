@@ -5,8 +5,10 @@ To understand a training step, read the first section: the batch, and log π of 
 
 from __future__ import annotations
 
+import atexit
 import copy
 import difflib
+import gc
 import glob
 import hashlib
 import importlib.util
@@ -763,6 +765,9 @@ def start(args: Arguments) -> tuple[int, int, torch.device]:
         store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"  # gloo for Python objects
     dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
+    # At exit, gloo's threads can abort a process (https://github.com/pytorch/pytorch/pull/179291). This ends
+    # them first: it frees the process groups that models hold.
+    atexit.register(gc.collect)
     transformers.utils.logging.disable_progress_bar()
     if rank > 0:
         datasets.disable_progress_bars()

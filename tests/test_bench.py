@@ -198,4 +198,7 @@ def test_a_chat_without_a_template_continues_the_text(monkeypatch, capsys):
     flags = ["--text", "--max_new_tokens", "3"]
     monkeypatch.setattr(sys, "argv", ["chat.py", str(ROOT / "tests/toy/sft"), *flags])
     runpy.run_path(str(ROOT / "tests/bench/chat.py"), run_name="__main__")
-    assert capsys.readouterr().out.splitlines()[1] == "<s>12=twe"
+    assert capsys.readouterr().out.splitlines()[1:] == [
+        "a text begins with <s> only if you write it: do so if the training data do",
+        "<s>12=twe",
+    ]

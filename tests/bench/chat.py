@@ -28,6 +28,9 @@ def main() -> None:
         else "a text to continue"
     )
     print(f"{how}; an empty line ends the program")
+    tokenizer = generate.tokenizer
+    if args.text and tokenizer.bos_token and tokenizer("a")["input_ids"][0] != tokenizer.bos_token_id:
+        print(f"a text begins with {tokenizer.bos_token} only if you write it: do so if the training data do")
     while text := ask():
         if not is_chat:
             print(generate(text, **options)[0]["generated_text"])
