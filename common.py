@@ -1277,7 +1277,8 @@ def open_tracker(args: Arguments):
 # What may differ on resume; batch sizes of a process change rounding, and so perhaps what is sampled.
 MAY_CHANGE = """launch output_dir overwrite_output_dir dataset_num_proc logging_steps report_to run_name
     per_device_train_batch_size per_device_eval_batch_size generation_batch_size gradient_accumulation_steps
-    gradient_checkpointing save_steps save_total_limit push_to_hub hub_model_id traceback""".split()
+    gradient_checkpointing torch_compile hsdp_shard_size save_steps save_total_limit push_to_hub hub_model_id
+    traceback""".split()
 # What overwrite_output_dir deletes; run.json last, because it tells that the rest belongs to a run.
 WRITTEN = """checkpoints metrics.jsonl completions.jsonl reference_logps_* events.out.* *model*.safetensors
     model.safetensors.index.json adapter_config.json run.json""".split()
