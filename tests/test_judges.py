@@ -2,6 +2,7 @@
 
 import json
 import math
+import signal
 import sys
 import threading
 import time
@@ -14,7 +15,7 @@ import torch
 import torch.distributed as dist
 from conftest import ROOT
 from safetensors.torch import load_file, save_file
-from test_runs import metrics_of
+from test_runs import SHORT, assert_same_run, metrics_of, stop, succeed
 from torch import nn
 from transformers import AutoTokenizer, DebertaV2Config, DebertaV2Model, DebertaV2Tokenizer
 
@@ -399,6 +400,24 @@ def test_a_run_is_judged_by_pair_rm(monkeypatch, tmp_path, pair_rm):
     assert 0 <= steps[-1]["eval_objective/win_rate"] <= 1
     winners = {json.loads(line)["winner"] for line in (tmp_path / "a" / "completions.jsonl").open()}
     assert winners & {"policy", "reference"}
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("judge", ["pair_rm", "server"])
+def test_two_processes_are_judged_and_resume_to_the_same_bits(tmp_path, pair_rm, serve, judge):
+    _, _, server = serve(
+        longer, JUDGE_TIMEOUT="20", JUDGE_RETRIES="8"
+    )  # sets the environment of the processes
+    judges = {"pair_rm": f"pair_rm:{pair_rm[0]}", "server": f"{ROOT}/tests/bench/judge_server.py:judge"}
+    data = ["--model_name_or_path", TOY_MODEL, "--dataset_name", TOY_DATA, "--learning_rate", "1e-3"]
+    flags = [*data, "--judge", judges[judge], *SHORT]
+    succeed("xpo.py", tmp_path / "a", *flags, processes=2)
+    stop("xpo.py", tmp_path / "b", *flags, after_steps=3, by=signal.SIGKILL, processes=2)
+    succeed("xpo.py", tmp_path / "b", *flags, processes=2)
+    assert_same_run(tmp_path / "a", tmp_path / "b")
+    assert (len(server.requests) > 2 * 6 * 8) == (
+        judge == "server"
+    )  # of two runs of six steps of eight pairs
 
 
 def test_failures_and_ties_are_counted_and_a_failure_favours_neither_model(monkeypatch, tmp_path):
