@@ -478,7 +478,7 @@ def tokenize(row, tokenizer, completions, max_length, room=1, truncate_prompt=Fa
         if truncate_prompt and not images and len(whole[0]) > space:
             parts = cut_prompt(row, tokenizer, prompt, answers, whole, space)
         prompt_ids, space = parts[0], max_length - len(parts[0])
-        if getattr(tokenizer, "decoder_prompt", None):  # the last token of its input may be EOS
+        if getattr(tokenizer, "decoder_prompt", None):  # for the encoder; its last token, perhaps EOS, stays
             prompt_ids = prompt_ids[: max_length - 1] + prompt_ids[max_length - 1 :][-1:]
             space = max_completion or max_length
         if space < room:
@@ -678,9 +678,7 @@ def global_batches(data: Data, args: Arguments) -> np.ndarray:
         fail(f"{world} processes need at least {world} rows; there are {rows}")
     per_epoch = rows // size
     steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * per_epoch - 1e-9)
-    few = "; so few change little: aim at 100, with more --num_train_epochs or a smaller --batch_size" * (
-        steps < 20
-    )
+    few = "; so few change little: aim at 100 (--num_train_epochs, --batch_size)" * (steps < 20)
     say(f"training: {steps} steps, each of {size} of the {rows} rows{few}")
     epochs = range(math.ceil(steps / per_epoch))
     orders = [np.random.default_rng((args.seed, epoch)).permutation(rows) for epoch in epochs]
@@ -718,7 +716,7 @@ def fail(message: str, *, alone: bool = False) -> NoReturn:
 
 @contextmanager
 def one_line(what: str, *, alone: bool = False) -> Iterator[None]:
-    """Turn an exception in the block into fail(what: ...)."""
+    """Turn an exception in the block into fail(what: ..., alone=alone)."""
     try:
         yield
     except (Exception, dcp.CheckpointException) as error:  # the second is not a subclass of the first
@@ -808,7 +806,7 @@ def revision_of(path: str, args) -> str:
 
 
 def load_tokenizer(path: str, args: Arguments):
-    """The tokenizer of a model that this script can train; it gets `decoder_prompt` and maybe `vision`."""
+    """The tokenizer of a model this script can train, with `decoder_prompt` and, for images, `vision`."""
     base = adapter_base(path, args) or path
     has_tokenizer = base == path or has_file(path, "tokenizer_config.json", revision=revision_of(path, args))
     tokenizer = from_pretrained(transformers.AutoTokenizer, path if has_tokenizer else base, args)
@@ -817,7 +815,8 @@ def load_tokenizer(path: str, args: Arguments):
     kind = "IMAGE_TEXT_TO_TEXT" if has_vision else "CAUSAL_LM"
     kind = "SEQ_TO_SEQ_CAUSAL_LM" if config.is_encoder_decoder else kind  # those with images are refused
     known = type(config) in getattr(transformers, f"MODEL_FOR_{kind}_MAPPING")
-    if has_vision:  # only scripts with this argument. In PaliGemma, prompts attend to what follows
+    # Only scripts with this argument take images. In PaliGemma, a prompt's tokens attend to later ones.
+    if has_vision:
         known = known and hasattr(args, "freeze_vision_tower") and config.model_type != "paligemma"
     if not known and (has_vision or not args.trust_remote_code):
         fail(f"{path} is of type {config.model_type}, not a language model that this script can train")
@@ -918,9 +917,10 @@ def adapter_base(path: str, args) -> str | None:
         file = transformers.utils.find_adapter_config_file(path, revision=revision_of(path, args))
     except OSError:  # loading the model will say what is wrong
         return None
-    config = json.loads(Path(file).read_text()) if file else {}
-    base = config.get("base_model_name_or_path")
-    REVISIONS[base] = config.get("revision") or "main"
+    if not file:
+        return None
+    config = json.loads(Path(file).read_text())
+    REVISIONS[base := config["base_model_name_or_path"]] = config.get("revision") or "main"
     return base
 
 
@@ -1109,17 +1109,17 @@ def complete(policy, tokenizer, test: Data, args: Arguments, step: int) -> tuple
         return {}, []
     rows = [i * n // count for i in range(rank, count, world)]  # spread over the test split
     prompts = test.tokens[rows]["prompt"]
+    before = [[] for _ in prompts] if test.decoder_prompt else prompts  # in the decoder
     torch.manual_seed(hash((args.seed, step, rank, 1)))  # the 1 keeps it from the seeds of training steps
     columns = {"step": [step] * len(rows), "row": rows}
     columns["prompt"] = tokenizer.batch_decode(prompts, skip_special_tokens=True)
     if "answer" in test.raw.column_names:
         columns["answer"] = test.raw[rows]["answer"]
     elif "chosen" in test.tokens.column_names:
-        columns["chosen"] = tokenizer.batch_decode(test.tokens[rows]["chosen"], skip_special_tokens=True)
+        columns["chosen"] = decode_answers(tokenizer, before, test.tokens[rows]["chosen"])
     images = [test.vision.read(test.raw[row]) for row in rows] if test.vision else []
     for name, options in (("greedy", {"do_sample": False}), ("sampled", {"do_sample": True, "top_k": 0})):
         answers = generate(policy, tokenizer, prompts, args, images, **options)
-        before = [[] for _ in prompts] if test.decoder_prompt else prompts
         columns[name] = decode_answers(tokenizer, before, answers)
     samples, metrics = gather_rows(columns), {}
     if "answer" in columns:
@@ -1303,8 +1303,8 @@ def check_output_dir(args: Arguments) -> None:
     if not there.is_dir() or not os.access(there, os.W_OK):
         fail(f"cannot write to --output_dir {args.output_dir}")
     paths = {name: path for name, path in asdict(args).items() if name.endswith("_path") and path}
-    for name in {"model_adapter_name", "ref_adapter_name"} & {*asdict(args)}:
-        paths[name] = policy_path(args, getattr(args, name))
+    adapters = {name: getattr(args, name, None) for name in ("model_adapter_name", "ref_adapter_name")}
+    paths |= {name: policy_path(args, adapter) for name, adapter in adapters.items() if adapter}
     for name, path in paths.items():
         if Path(path).resolve() == folder.resolve():
             fail(f"--output_dir is where --{name} is, which would be overwritten")
@@ -1520,7 +1520,7 @@ class Arguments:
     eval_steps: int | None = arg(None, "steps between evaluations [only before and after training]")
     eval_prompts: int = arg(8, "test prompts that an evaluation completes, greedily and by sampling")
     max_new_tokens: int = arg(128, "tokens of a generated completion, at most")
-    output_dir: str | None = arg(None, "results; a disk that all nodes see [output/<model>-<script>]")
+    output_dir: str | None = arg(None, "results; a disk that all nodes see [output/<model>-<script>-<loss>]")
     overwrite_output_dir: bool = arg(False, "start anew: delete the earlier run in output_dir")
     logging_steps: int = arg(10, "steps between reports on the console; metrics.jsonl has every step")
     report_to: Literal["none", "tensorboard", "wandb", "trackio"] = arg("none", "the tracker")
@@ -1604,9 +1604,7 @@ def parse(kind: type[Arguments], **toy) -> Arguments:
         fail(f"--ref_adapter_name is for adapters, and {policy_path(args)} is none; see --model_adapter_name")
     lora_flags = [word[2:] for word in words if word.startswith("__lora_")]
     if lora_flags and (is_adapter or not args.use_peft):
-        fail(
-            f"--{lora_flags[0]} is for a new adapter: it needs --use_peft, and a model that is not an adapter"
-        )
+        fail(f"--{lora_flags[0]} is for a new adapter: it needs --use_peft, and a model that is no adapter")
     name = Path(given.model_name_or_path or "toy").resolve().name
     losses = getattr(args, "loss_type", "sigmoid")  # SimPO is a loss type, and gets a directory of its own
     losses = {losses} if isinstance(losses, str) else {*losses}

@@ -447,9 +447,7 @@ def load_reference(args: Arguments, device: torch.device, tokenizer, policy):
         common.fail(f"the reference {path} has another vocabulary than {args.model_name_or_path}")
     kinds = [[hasattr(x, "vision"), getattr(x, "decoder_prompt", None)] for x in (other, tokenizer)]
     if kinds[0] != kinds[1]:
-        common.fail(
-            f"only one of the reference {path} and {args.model_name_or_path} has images or an encoder"
-        )
+        common.fail(f"the reference {path} and {args.model_name_or_path} differ in images or an encoder")
     open_reference = common.load_reference(path, policy, args, device, updated=args.sync_ref_model)
     with open_reference() as reference:
         shapes, policy_shapes = ([p.shape for p in m.parameters()] for m in (reference, policy))
@@ -507,9 +505,7 @@ class Arguments(common.Arguments):
     ref_model_name_or_path: str | None = arg(None, "the reference [the policy as it is before training]")
     ref_adapter_name: str | None = arg(None, "the reference: an adapter in a folder of model_name_or_path")
     freeze_vision_tower: bool = arg(False, "train only the rest of a vision–language model")
-    precompute_ref_log_probs: bool = arg(
-        False, "compute the reference's log-probabilities before training, then free it"
-    )
+    precompute_ref_log_probs: bool = arg(False, "compute the reference's log-probabilities, then free it")
     sync_ref_model: bool = arg(False, "let the reference follow the policy (TR-DPO, 2404.09656)")
     ref_model_sync_steps: int = arg(512, "steps between updates of the reference")
     ref_model_mixup_alpha: float = arg(0.6, "share of the policy in the updated reference")

@@ -95,7 +95,8 @@ def loss_and_metrics(
     batch. So neither loss nor gradient depends on how a batch is split over processes and micro-batches.
     """
     alpha, beta = value_in(args.alpha, epoch), value_in(args.beta, epoch)
-    with torch.no_grad(), open_reference() as reference:  # first: the policy's activations take up memory
+    # First, before the policy's activations take up memory.
+    with torch.no_grad(), open_reference() as reference:
         ref_logps = reference.token_logps(batch).sum(1).view(-1, 2)  # (B, 2): of y and ỹ
     token_logps = policy.token_logps(batch)  # (2B, L): log π of each token of an answer
     logps = token_logps.sum(1).view(-1, 2)  # (B, 2): of y and ỹ; DPO sums over tokens

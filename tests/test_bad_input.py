@@ -162,7 +162,7 @@ WRONG = [  # method, flags, what is said
     (
         "dpo",
         "{model} {data} --ref_model_name_or_path {dir}/t5",
-        "{dir}/t5 and {toy} has images or an encoder",
+        "{dir}/t5 and {toy} differ in images or an encoder",
     ),
     ("xpo", "--reward_model_path {dir}/two", "has 2 outputs; a reward model has one"),
     ("xpo", "--reward_model_path {dir}/no_template", "reward model's tokenizer has no chat template"),
@@ -223,7 +223,7 @@ WRONG = [  # method, flags, what is said
     (
         "dpo",
         "--model_name_or_path {dir}/adapter --dataset_name d --lora_r 8",
-        "--lora_r is for a new adapter: it needs --use_peft, and a model that is not an adapter",
+        "--lora_r is for a new adapter: it needs --use_peft, and a model that is no adapter",
     ),
     ("cpo", "--model_name_or_path {dir}/lost --dataset_name " + TOY_DATA, "cannot load {dir}/nowhere"),
     (

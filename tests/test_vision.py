@@ -378,7 +378,7 @@ def wrong(folder):
         (
             "dpo",
             "--model_name_or_path {dir}/llava --ref_model_name_or_path {dir}/text",
-            "only one of the reference {dir}/text and {dir}/llava has images or an encoder",
+            "the reference {dir}/text and {dir}/llava differ in images or an encoder",
         ),
     ],
 )

@@ -19,27 +19,24 @@ def main() -> None:
     args = parser.parse_args()
     if not any(Path(args.folder, name).exists() for name in ("config.json", "adapter_config.json")):
         parser.error(f"{args.folder} is not the directory of a trained model; an unfinished run has none yet")
-    generate, messages = pipeline("text-generation", args.folder), []
-    options = {"max_new_tokens": args.max_new_tokens, "do_sample": False}
-    is_chat = generate.tokenizer.chat_template is not None and not args.text
-    how = (
-        "each line is a turn of one conversation; /new begins another one"
-        if is_chat
-        else "a text to continue"
-    )
-    print(f"{how}; an empty line ends the program")
-    tokenizer = generate.tokenizer
+    model, messages = pipeline("text-generation", args.folder), []
+    tokenizer = model.tokenizer
+
+    def generate(start):
+        return model(start, max_new_tokens=args.max_new_tokens, do_sample=False)[0]["generated_text"]
+
+    is_chat = tokenizer.chat_template is not None and not args.text
+    how = "each line is a turn of one conversation; /new begins another one"
+    print(f"{how if is_chat else 'a text to continue'}; an empty line ends the program")
     if args.text and tokenizer.bos_token and tokenizer("a")["input_ids"][0] != tokenizer.bos_token_id:
         print(f"a text begins with {tokenizer.bos_token} only if you write it: do so if the training data do")
     while text := ask():
         if not is_chat:
-            print(generate(text, **options)[0]["generated_text"])
+            print(generate(text))
         elif text == "/new":
             messages = []
         else:
-            messages = generate([*messages, {"role": "user", "content": text}], **options)[0][
-                "generated_text"
-            ]
+            messages = generate([*messages, {"role": "user", "content": text}])
             print(messages[-1]["content"])
 
 
