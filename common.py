@@ -1428,7 +1428,7 @@ def save_model(args: Arguments, policy, tokenizer) -> None:
             ignored = ["checkpoints/*", "*.npy", "completions.jsonl", "run.json", "events.out.*", ".lock"]
             hub.upload_folder(repo_id=name, folder_path=args.output_dir, ignore_patterns=ignored)
         write_run(args, finished=True)
-        say(f"finished: {args.output_dir} has the model, metrics.jsonl, and samples in completions.jsonl")
+        say(f"finished: {args.output_dir} has the model, metrics.jsonl and completions.jsonl")
         for tool in ("plot", "chat"):
             file = Path(__file__).parent / "tests" / "bench" / f"{tool}.py"
             say(f"    {tool}: {shlex.join(['python', os.path.relpath(file), args.output_dir])}")

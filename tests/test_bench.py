@@ -183,6 +183,23 @@ def test_collectives_of_a_step_are_those_that_the_traffic_is_computed_from():
     assert groups == whole | {"allreduce_": 5}
 
 
+@pytest.mark.long
+def test_memory_on_paper_is_what_both_pages_say():
+    command = [sys.executable, str(ROOT / "tests" / "bench" / "memory.py")]
+    printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    table, lora, traffic = (part.splitlines() for part in re.split("\nLoRA of|\nGB that", printed))
+    front, bench = ((ROOT / name / "README.md").read_text().splitlines() for name in ("", "tests/bench"))
+    rows = [row for row in table + traffic if re.match(r"\| (Qwen|Llama)", row) and " 512 | 512 " not in row]
+    missing = [row for row in rows if row not in bench]
+    assert {row.split("|")[1].strip() for row in missing} <= {"Llama 3 70B"} and len(missing) <= 3
+    totals = {}  # of one and eight GPUs, of LoRA, of LoRA with 4 bits
+    for row in table + lora:
+        cells = [cell.strip() for cell in row.strip("| ").split("|")]
+        if cells[0].startswith(("Qwen", "Llama")) and cells[1] not in ("64", "512"):
+            totals.setdefault(cells[0].split(",")[0], []).append(cells[-2 if len(cells) > 6 else -1])
+    assert all(f"| {name} | {' | '.join(sizes)} |" in front for name, sizes in totals.items()) and totals
+
+
 def test_a_chat_is_one_conversation_until_a_new_one(monkeypatch, capsys):
     lines = iter(["12", "12", "/new", "12", ""])
     monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
