@@ -90,6 +90,7 @@ class Batch:
     packed_lengths: list[list[int]] | None = None
     global_tokens: dict[str, int] | None = None  # tokens in the global batch: of prompts, chosen, rejected
     rows: np.ndarray | None = None  # (B,) row numbers of the pairs in the dataset
+    is_last: bool = True  # whether it is this process's last part of the global batch
 
 
 def plain_token_logps(model, batch: Batch) -> Tensor:
@@ -695,10 +696,12 @@ def micro_batches(data: Data, rows: np.ndarray, size: int, device: torch.device)
     token_counts = dict(zip(data.tokens.column_names, data.lengths[rows].sum(0).tolist(), strict=True))
     if data.decoder_prompt:  # the decoder's own; what the encoder reads is never predicted
         token_counts["prompt"] = len(rows)
-    for start in range(0, math.ceil(len(rows) / world), size):
+    most = math.ceil(len(rows) / world)
+    for start in range(0, most, size):
         part = mine[start : start + size]
         examples = list(zip(*data.tokens[part].values(), strict=True))
         options = {"rows": part, "global_pairs": len(rows), "global_tokens": token_counts}
+        options["is_last"] = start + size >= most
         if data.vision:  # every completion's row has the images of the prompt
             completions = data.lengths.shape[1] - 1
             images = [completions * data.vision.read(data.raw[int(row)]) for row in part]
@@ -1275,24 +1278,18 @@ def open_tracker(args: Arguments):
 
 # ------------------------------------------------------------------------------------------------ checkpoints
 # What may differ on resume; batch sizes of a process change rounding, and so perhaps what is sampled.
-MAY_CHANGE = """launch output_dir overwrite_output_dir dataset_num_proc logging_steps report_to run_name
-    per_device_train_batch_size per_device_eval_batch_size generation_batch_size gradient_accumulation_steps
-    gradient_checkpointing torch_compile hsdp_shard_size save_steps save_total_limit push_to_hub hub_model_id
+MAY_CHANGE = """output_dir dataset_num_proc logging_steps report_to run_name per_device_train_batch_size
+    per_device_eval_batch_size generation_batch_size gradient_accumulation_steps gradient_checkpointing
+    torch_compile sync_gradients_once hsdp_shard_size save_steps save_total_limit push_to_hub hub_model_id
     traceback""".split()
-# What overwrite_output_dir deletes; run.json last, because it tells that the rest belongs to a run.
-WRITTEN = """checkpoints metrics.jsonl completions.jsonl reference_logps_* events.out.* *model*.safetensors
-    model.safetensors.index.json adapter_config.json run.json""".split()
 LOCKS = []  # held until the process ends; a notebook, which is one process, may start a run again
-# What tells one run from another, besides its arguments. `format` is that of all files of a run; `launch` is
-# the process id of torchrun, and so the same after torchrun has restarted its processes.
-RUN = {"format": 2, "script": Path(sys.argv[0]).name}
-RUN |= {"launch": os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None}
+FORMAT = {"format": 2, "script": Path(sys.argv[0]).name}  # `format` is that of all files of a run
 
 
 def write_run(args: Arguments, *, finished: bool) -> None:
     """Write run.json, which says what runs in output_dir: after a kill it has its old content or the new."""
     file = Path(args.output_dir, "run.json")
-    file.with_suffix(".tmp").write_text(json.dumps({"finished": finished} | RUN | asdict(args), indent=2))
+    file.with_suffix(".tmp").write_text(json.dumps({"finished": finished} | FORMAT | asdict(args), indent=2))
     file.with_suffix(".tmp").replace(file)
 
 
@@ -1302,23 +1299,20 @@ def check_output_dir(args: Arguments) -> None:
     there = next(path for path in (folder, *folder.parents) if path.exists())
     if not there.is_dir() or not os.access(there, os.W_OK):
         fail(f"cannot write to --output_dir {args.output_dir}")
-    paths = {name: path for name, path in asdict(args).items() if name.endswith("_path") and path}
-    adapters = {name: getattr(args, name, None) for name in ("model_adapter_name", "ref_adapter_name")}
-    paths |= {name: policy_path(args, adapter) for name, adapter in adapters.items() if adapter}
-    for name, path in paths.items():
-        if Path(path).resolve() == folder.resolve():
-            fail(f"--output_dir is where --{name} is, which would be overwritten")
-    if args.overwrite_output_dir or not file.exists():
+    if not file.exists():
+        if any((folder / f"{name}config.json").exists() for name in ("", "adapter_")):
+            fail(f"--output_dir {args.output_dir} has a model, which would be overwritten")
         return
-    old, new = json.loads(file.read_text()), RUN | asdict(args)
+    old, new = json.loads(file.read_text()), FORMAT | asdict(args)
     may_change = MAY_CHANGE + ["data_digest"] * (args.data_digest is None)  # before the data are loaded
     if differ := [name for name in new if name not in may_change and old.get(name) != new[name]]:
         changes = ", ".join(f"{name} {old.get(name)} (now {new[name]})" for name in differ[:3])
         changes += f" and {len(differ) - 3} more" * (len(differ) > 3)
-        ways = "choose another --output_dir for this run, or replace that one with --overwrite_output_dir"
-        fail(f"another run is in {args.output_dir}: {changes}; {ways}")
+        fail(
+            f"another run is in {args.output_dir}: {changes}; choose another --output_dir, or delete that one"
+        )
     if old["finished"]:
-        say(f"finished already, in {args.output_dir}; --overwrite_output_dir starts anew")
+        say(f"finished already, in {args.output_dir}; to start anew, delete it")
         say(f"to train the finished model further: --model_name_or_path {args.output_dir}")
         raise SystemExit(0)
 
@@ -1332,11 +1326,6 @@ def claim_output_dir(args: Arguments) -> None:
         LOCKS.append(filelock.FileLock(folder / ".lock", is_singleton=True))
         with one_line(f"another run is running in {args.output_dir}"):
             LOCKS[-1].acquire(blocking=False)
-        old = json.loads((folder / "run.json").read_text()) if (folder / "run.json").exists() else {}
-        is_restart = RUN["launch"] and old.items() >= (RUN | asdict(args)).items()
-        if args.overwrite_output_dir and old and not is_restart:  # without run.json the files are not ours
-            for path in [path for name in WRITTEN for path in folder.glob(name)]:
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
         write_run(args, finished=False)
 
 
@@ -1372,8 +1361,7 @@ def save_checkpoint(args, policy, optimizer, step: int, method_state: dict, *, i
                 shutil.rmtree(old)
         dist.barrier()  # wait until the checkpoint is complete
     if interrupted:  # on all processes
-        without = ", without --overwrite_output_dir," * args.overwrite_output_dir
-        say(f"interrupted; step {step} is saved; run the same command again{without} to resume")
+        say(f"interrupted; step {step} is saved; run the same command again to resume")
         dist.destroy_process_group()
         raise SystemExit(128 + signal.SIGTERM)
 
@@ -1396,7 +1384,7 @@ def resume(args: Arguments, policy, optimizer, method_state: dict) -> int:
             say(f"it was saved by {state['world']} processes, not {world}: rounding and samples will differ")
         return state["step"]
     if checkpoints:  # a load that failed may have changed some weights
-        fail(f"no checkpoint in {args.output_dir} can be loaded; --overwrite_output_dir starts anew")
+        fail(f"no checkpoint in {args.output_dir} can be loaded; to start anew, delete it")
     if Path(args.output_dir, "metrics.jsonl").exists():
         say("there is no checkpoint yet (see --save_steps): the run starts from step 0")
     return 0
@@ -1513,6 +1501,9 @@ class Arguments:
     gradient_checkpointing: bool = arg(False, "recompute activations in the backward pass, to save memory")
     dtype: Literal["float32", "bfloat16", "float64"] = arg("float32", "of the trained weights")
     torch_compile: bool = arg(False, "compile each layer, which takes minutes at the start")
+    sync_gradients_once: bool = arg(
+        False, "reduce gradients once per step, not per forward pass: more memory"
+    )
     hsdp_shard_size: int | None = arg(None, "shard over so many processes, replicate over the others [all]")
     # Not `bool | None`, for which the parser would not take --bf16 without a value.
     bf16: bool = arg(None, "compute in bfloat16; weights keep their dtype [true on a GPU]")
@@ -1521,7 +1512,6 @@ class Arguments:
     eval_prompts: int = arg(8, "test prompts that an evaluation completes, greedily and by sampling")
     max_new_tokens: int = arg(128, "tokens of a generated completion, at most")
     output_dir: str | None = arg(None, "results; a disk that all nodes see [output/<model>-<script>-<loss>]")
-    overwrite_output_dir: bool = arg(False, "start anew: delete the earlier run in output_dir")
     logging_steps: int = arg(10, "steps between reports on the console; metrics.jsonl has every step")
     report_to: Literal["none", "tensorboard", "wandb", "trackio"] = arg("none", "the tracker")
     run_name: str | None = arg(None, "name of the run in the tracker of report_to")

@@ -182,6 +182,7 @@ def main(args: Arguments) -> None:
         lr = common.set_learning_rate(optimizer, step, len(batches), args)
         for batch in common.micro_batches(train, batches[step], args.per_device_train_batch_size, device):
             loss, metrics = loss_and_metrics(policy, train_ref_logps, batch, args, bco_rewards)
+            policy.set_requires_gradient_sync(batch.is_last or not args.sync_gradients_once)
             (loss * world).backward()  # fully_shard averages gradients over processes; the sum is needed
             log.add(metrics)
         norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), args.max_grad_norm)

@@ -410,6 +410,7 @@ def main(args: Arguments) -> None:
             part = slice(i, i + args.per_device_train_batch_size)
             batch = common.collate(samples.tokens[part], device, global_pairs=batches.shape[1])
             loss, metrics = loss_and_metrics(policy, open_reference, batch, policy_wins[part], args, epoch)
+            policy.set_requires_gradient_sync(part.stop >= len(policy_wins) or not args.sync_gradients_once)
             (loss * world).backward()  # fully_shard averages gradients over processes; the sum is needed
             log.add(metrics)
         norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), args.max_grad_norm)

@@ -46,6 +46,7 @@ CASES = {
     },
     "orpo": {"orpo": {}, "no_prompt_loss": {"no_prompt_loss": True}},
 }
+CASES["cpo"]["sync_gradients_once"] = {"sync_gradients_once": True}  # the same as "sigmoid"
 for method in CASES:
     CASES[method]["lora"] = {"use_peft": True}
 for method in METHODS:  # one that is not in the table has one case, if its step takes what cpo.py's takes
@@ -67,6 +68,7 @@ def step(script, args, policy, reference, pairs, micro_batch: int) -> tuple[dict
             loss, metrics = script.loss_and_metrics(policy, reference, batch, wins, args, epoch=0)
         else:
             loss, metrics = script.loss_and_metrics(policy, batch, args)
+        policy.set_requires_gradient_sync(batch.is_last or not args.sync_gradients_once)
         (loss * torch.distributed.get_world_size()).backward()
         common.Log.add(log, metrics)
     metrics, _ = common.Log.all_reduce(log)

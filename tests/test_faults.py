@@ -188,12 +188,9 @@ def test_hundreds_of_kills(tmp_path):
 
 
 def test_torchrun_restarts_a_run_whose_rank_died(tmp_path):
-    """And --overwrite_output_dir deletes an earlier run, but not the one that is restarted."""
-    shutil.copytree(uninterrupted("dpo.py", processes=2), tmp_path / "b")
     fault = {"where": "clip_grad_norm_", "call": 3, "event": 20, "signal": "SIGKILL", "rank": 1}
     launch = ["--standalone", "--max-restarts", "1"]
-    flags = ("--overwrite_output_dir",)
-    said = succeed("dpo.py", tmp_path / "b", *flags, processes=2, fault=fault, launch=launch)
+    said = succeed("dpo.py", tmp_path / "b", processes=2, fault=fault, launch=launch)
     assert "resuming after step 2" in said
     assert_same_run(uninterrupted("dpo.py", processes=2), tmp_path / "b")
 
@@ -275,9 +272,8 @@ def test_a_run_without_a_checkpoint_that_can_be_loaded_fails(tmp_path):
     metrics = metrics_of(tmp_path / "a")
     status, said = run("cpo.py", tmp_path / "a")
     assert status == 1 and "Traceback" not in said
-    assert f"error: no checkpoint in {tmp_path / 'a'} can be loaded; --overwrite_output_dir" in said
+    assert f"error: no checkpoint in {tmp_path / 'a'} can be loaded; to start anew, delete it" in said
     assert metrics_of(tmp_path / "a") == metrics
-    succeed("cpo.py", tmp_path / "a", "--overwrite_output_dir")
 
 
 def test_a_full_disk_costs_no_step_that_was_saved(tmp_path):

@@ -349,7 +349,7 @@ def test_another_run_is_told_apart_by_three_differences_and_both_ways_out(tmp_pa
         common.check_output_dir(changed)
     said = str(stopped.value)
     assert said.count("(now") == 3 and "and 2 more;" in said and len(said) < 400
-    assert "another --output_dir" in said and "--overwrite_output_dir" in said
+    assert "another --output_dir" in said and "or delete that one" in said
     with pytest.raises(SystemExit, match="beta 0.1 \\(now 0.2\\); choose"):
         common.check_output_dir(dpo.Arguments(**args, beta=0.2))
 

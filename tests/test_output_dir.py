@@ -140,10 +140,6 @@ def test_an_output_dir_holds_one_run(tmp_path):
     result = run("cpo.py", out, *flags)
     assert result.returncode == 1 and "script dpo.py (now cpo.py)" in result.stderr
     assert metrics_of(out) == metrics
-    (out / "mine.txt").write_text("")
-    succeed("dpo.py", out, *flags, "--beta", "0.2", "--overwrite_output_dir")
-    assert metrics_of(out)[-1]["eval_loss"] != metrics[-1]["eval_loss"]
-    assert (out / "mine.txt").exists()
 
 
 def test_a_run_of_another_version_is_not_resumed(tmp_path):
@@ -154,37 +150,7 @@ def test_a_run_of_another_version_is_not_resumed(tmp_path):
     run = json.loads((tmp_path / "run.json").read_text())
     assert run.pop("format") == 2
     (tmp_path / "run.json").write_text(json.dumps(run))
-    with pytest.raises(SystemExit, match="^error: another run.*format None .now 2.; .*overwrite_output_dir$"):
-        common.check_output_dir(args)
-    args.overwrite_output_dir = True
-    common.check_output_dir(args)
-
-
-def test_overwriting_spares_a_run_that_torchrun_restarts_and_no_other(tmp_path, monkeypatch):
-    """In a new container, torchrun may have the process id that it had in the last one."""
-    args = dpo.Arguments("m", dataset_name="d", output_dir=str(tmp_path), overwrite_output_dir=True)
-    for launch, beta, is_kept in ((7, 0.1, True), (8, 0.1, False), (7, 0.2, False)):
-        monkeypatch.setitem(common.RUN, "launch", 7)
-        args.beta = 0.1
-        common.write_run(args, finished=False)
-        (tmp_path / "metrics.jsonl").write_text("")
-        monkeypatch.setitem(common.RUN, "launch", launch)
-        args.beta = beta
-        common.claim_output_dir(args)
-        assert (tmp_path / "metrics.jsonl").exists() == is_kept, (launch, beta)
-
-
-def test_overwriting_spares_a_folder_that_has_no_run(tmp_path):
-    args = dpo.Arguments("m", dataset_name="d", output_dir=str(tmp_path), overwrite_output_dir=True)
-    (tmp_path / "model.safetensors").write_text("somebody's")
-    common.claim_output_dir(args)
-    assert (tmp_path / "model.safetensors").exists()
-
-
-@pytest.mark.parametrize("name", ["model_adapter_name", "ref_adapter_name"])
-def test_a_run_does_not_overwrite_the_adapter_it_loads(tmp_path, name):
-    args = dpo.Arguments(str(tmp_path), dataset_name="d", output_dir=str(tmp_path / "a"), **{name: "a"})
-    with pytest.raises(SystemExit, match=f"error: --output_dir is where --{name} is"):
+    with pytest.raises(SystemExit, match="^error: another run.*format None .now 2.; .*delete that one$"):
         common.check_output_dir(args)
 
 
@@ -209,15 +175,20 @@ def test_tensorboard_has_every_step_at_once(tmp_path, monkeypatch):
     assert calls == [str(tmp_path), *rows, ("flush",), ("close",)]
 
 
-def test_a_run_does_not_overwrite_the_model_it_loads(tmp_path):
-    """Not even if that is the result of an earlier run, which --overwrite_output_dir deletes."""
+@pytest.mark.parametrize("file", ["config.json", "adapter_config.json"])
+def test_a_run_does_not_overwrite_a_model_such_as_the_one_it_loads(tmp_path, file):
+    (tmp_path / file).write_text("{}")
+    args = dpo.Arguments(str(tmp_path), dataset_name="d", output_dir=str(tmp_path))
+    with pytest.raises(SystemExit, match="^error: --output_dir .* has a model, which would be overwritten"):
+        common.check_output_dir(args)
+
+
+def test_a_run_does_not_overwrite_the_result_of_another(tmp_path):
     policy, tokenizer, args = saved(tmp_path, "llama")
     common.save_model(args, policy, tokenizer)
-    for overwrite in (False, True):
-        args = dpo.Arguments(args.output_dir, dataset_name="d", output_dir=args.output_dir)
-        args.overwrite_output_dir = overwrite
-        with pytest.raises(SystemExit, match="^error: "):
-            common.check_output_dir(args)
+    args = dpo.Arguments(args.output_dir, dataset_name="d", output_dir=args.output_dir)
+    with pytest.raises(SystemExit, match="^error: another run is in"):
+        common.check_output_dir(args)
 
 
 def test_a_run_is_resumed_with_the_data_it_began_with(tmp_path):
