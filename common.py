@@ -8,7 +8,6 @@ from __future__ import annotations
 import atexit
 import copy
 import difflib
-import gc
 import glob
 import hashlib
 import importlib.util
@@ -766,9 +765,9 @@ def start(args: Arguments) -> tuple[int, int, torch.device]:
         store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"  # gloo for Python objects
     dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
-    # At exit, gloo's threads can abort a process (https://github.com/pytorch/pytorch/pull/179291). This ends
-    # them first: it frees the process groups that models hold.
-    atexit.register(gc.collect)
+    # A thread of gloo that still has a tensor to free when Python exits aborts the process
+    # (https://github.com/pytorch/pytorch/issues/190489). It frees the tensor while this one sleeps.
+    atexit.register(time.sleep, 0.3)
     transformers.utils.logging.disable_progress_bar()
     if rank > 0:
         datasets.disable_progress_bars()

@@ -49,7 +49,7 @@ def command(script: str, output_dir: Path, *flags: str, processes: int = 1) -> l
 
 
 def environment() -> dict[str, str]:
-    return os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    return os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONFAULTHANDLER": "1"}
 
 
 def run(*args, **options) -> subprocess.CompletedProcess:
