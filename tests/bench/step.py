@@ -7,17 +7,23 @@ is dpo, precomputed (DPO, reference log-probabilities known), cpo, simpo, orpo, 
 .[bench]` (TRL 1.16), or xpo (the training part of a step), generation (XPO's), which need TRL 1.13, the last
 release with an XPO trainer. The contestants:
 
-    ours    our defaults
-    lean    ours with gradient checkpointing
-    trl     TRL's defaults: gradient checkpointing, pairs of a micro-batch in random order
-    fast    TRL without gradient checkpointing
-    best    the same, pairs of similar length together, and on CPUs, too, the head only where it is needed
+    ours      our defaults
+    lean      ours with gradient checkpointing
+    compiled  ours with --torch_compile
+    trl       TRL's defaults: gradient checkpointing, pairs of a micro-batch in random order
+    fast      TRL without gradient checkpointing
+    best      the same, pairs of similar length together, and on CPUs, too, the head only where it is needed
+
+On a GPU, all compute in bfloat16 with float32 weights, and none uses cuDNN's attention, which common.py
+switches off. A step's time is that between two events on the GPU. Two more results are printed there. MFU
+(model FLOPs utilization) is what flops_per_token counts, times the tokens of a second, divided by the GPU's
+peak. The memory of a contestant is the peak during its steps, without what the other contestants keep.
 
 --lora trains an adapter (rank 16, on all linear layers) that has been saved with random weights before; the
-reference is that adapter as it was. For dpo, cpo, simpo and orpo.
+reference is that adapter as it was. For dpo, cpo, simpo and orpo. On a GPU, frozen weights are in bfloat16.
 
 --memory NAME prints the peak memory of three steps of the one, less what was there before the first;
---profile NAME, on a CPU, what the time of a step goes into.
+--profile NAME prints what the time of a step goes into: the CPU's time or, on a GPU, that of its kernels.
 """
 
 import argparse
@@ -34,7 +40,9 @@ from types import SimpleNamespace
 import datasets
 import numpy as np
 import torch
+import torch.distributed as dist
 import transformers
+from torch.autograd import DeviceType
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, Qwen2Config
 
 ROOT = Path(__file__).parents[2]
@@ -45,15 +53,21 @@ import dpo  # noqa: E402
 import orpo  # noqa: E402
 import xpo  # noqa: E402
 
-SIZES = {  # the head has a quarter of the weights in both
+SIZES = {  # the head has a quarter of the weights in the first two, and 15% in the third
     "small": dict(vocab_size=4096, hidden_size=256, intermediate_size=1024, num_hidden_layers=3)
     | dict(num_attention_heads=4, num_key_value_heads=2),
     "0.5b": dict(vocab_size=151936, hidden_size=896, intermediate_size=4864, num_hidden_layers=24)
     | dict(num_attention_heads=14, num_key_value_heads=2),
+    "1.5b": dict(vocab_size=151936, hidden_size=1536, intermediate_size=8960, num_hidden_layers=28)
+    | dict(num_attention_heads=12, num_key_value_heads=2),
 }
 # Tokens of prompt and completion, on average and at most: as in UltraFeedback, in summarisation, in fiction.
 LENGTHS = {"chat": (190, 512, 280, 512), "summary": (700, 896, 60, 128), "story": (30, 128, 600, 896)}
 METHODS = ["dpo", "precomputed", "cpo", "simpo", "orpo", "xpo", "generation"]
+OURS, TRL = ("ours", "lean", "compiled"), ("trl", "fast", "best")
+# FLOP/s of products of dense bfloat16 matrices, from the data sheets. The first is the SXM version.
+PEAK = {"NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H200": 989e12}
+PEAK |= {"NVIDIA A100-SXM4-40GB": 312e12, "NVIDIA A100-SXM4-80GB": 312e12}
 ADAPTER = "{}/adapter"
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 NEW_TOKENS = 64
@@ -84,8 +98,8 @@ class Contestant:
 
     def __init__(self, name, method, folder: str, pairs: int, size: int, lora=False, loss_type="sigmoid"):
         self.pairs, self.size, self.lora, self.loss_type, self.name = pairs, size, lora, loss_type, name
-        if name in ("ours", "lean"):
-            self.begin_ours(method, folder, name == "lean")
+        if name in OURS:
+            self.begin_ours(method, folder)
             return
         self.checkpointing = name == "trl"
         if name == "best":
@@ -108,7 +122,7 @@ class Contestant:
         self.optimizer.zero_grad()
         return total.item(), norm.item()
 
-    def begin_ours(self, method: str, folder: str, checkpointing: bool) -> None:
+    def begin_ours(self, method: str, folder: str) -> None:
         script = {"cpo": cpo, "simpo": cpo, "orpo": orpo, "xpo": xpo, "generation": xpo}.get(method, dpo)
         options = {"loss_type": "simpo"} if method == "simpo" else {}
         options |= {"loss_type": [self.loss_type]} if script is dpo else {}
@@ -123,14 +137,17 @@ class Contestant:
             per_device_train_batch_size=self.size,
             per_device_eval_batch_size=self.pairs,
             max_new_tokens=NEW_TOKENS,
-            gradient_checkpointing=checkpointing,
+            gradient_checkpointing=self.name == "lean",
+            torch_compile=self.name == "compiled",
+            bf16=DEVICE.type == "cuda",
             **options,
         )
-        _, _, device = common.start(args)
-        self.model = common.load_model(path, args, device, trainable=True)
+        if not dist.is_initialized():  # another of ours may be in this process
+            common.start(args)
+        self.model = common.load_model(path, args, DEVICE, trainable=True)
         self.optimizer, reference = common.adamw(self.model, args), None
         if script in (dpo, xpo):
-            reference = common.load_reference(None, self.model, args, device)
+            reference = common.load_reference(None, self.model, args, DEVICE)
         reference_logps = partial(dpo.frozen_logps, reference, args)
 
         def prepare(pairs: list[dict]) -> None:
@@ -141,15 +158,15 @@ class Contestant:
             self.data = common.Data(tokens, tokens, lengths, score_prompts=method == "orpo")
             self.reference_logps = reference_logps
             if method == "precomputed":
-                batches = common.micro_batches(self.data, np.arange(len(lengths)), self.size, device)
+                batches = common.micro_batches(self.data, np.arange(len(lengths)), self.size, DEVICE)
                 table = torch.cat([reference_logps(batch) for batch in batches])
                 self.reference_logps = lambda batch: table[batch.rows]
 
         def losses():
             rows = self.data.lengths.sum(1).argsort(kind="stable")
-            for batch in common.micro_batches(self.data, rows, self.size, device):
+            for batch in common.micro_batches(self.data, rows, self.size, DEVICE):
                 if script is xpo:  # chosen and rejected stand for the samples of policy and reference
-                    wins = torch.from_numpy(batch.rows % 2 == 0).to(device)
+                    wins = torch.from_numpy(batch.rows % 2 == 0).to(DEVICE)
                     yield xpo.loss_and_metrics(self.model, reference, batch, wins, args, epoch=0)[0]
                 elif script is dpo:
                     bco_rewards = torch.zeros(2)
@@ -173,7 +190,8 @@ class Contestant:
         tokenizer = AutoTokenizer.from_pretrained(common.TOY_MODEL)
         options = dict(output_dir=f"{folder}/trl", per_device_train_batch_size=self.size, report_to="none")
         options |= dict(max_length=8192, bf16=DEVICE.type == "cuda", disable_tqdm=True)
-        self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        frozen = torch.bfloat16 if self.lora and DEVICE.type == "cuda" else torch.float32
+        self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=frozen)
         if self.lora:
             import peft
 
@@ -314,31 +332,37 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("method", choices=METHODS)
-    parser.add_argument("--lengths", default="chat", help=f"{', '.join(LENGTHS)}, or tokens of a completion")
+    lengths = f"{', '.join(LENGTHS)}, or tokens of a completion; for several, one after the other"
+    parser.add_argument("--lengths", nargs="+", default=["chat"], help=lengths)
     parser.add_argument("--model", choices=SIZES, default="small")
     parser.add_argument("--vocabulary", type=int, help="[that of the model]")
     parser.add_argument("--pairs", type=int, default=8, help="of a step")
     parser.add_argument("--size", type=int, default=4, help="pairs of a micro-batch")
     parser.add_argument("--steps", type=int, default=10, help="timed ones; two more come before")
-    parser.add_argument("--names", nargs="*", default=["ours", "trl", "fast", "best"])
-    everybody = ["ours", "lean", "trl", "fast", "best"]
+    parser.add_argument("--names", nargs="*", choices=[*OURS, *TRL], default=["ours", *TRL])
+    parser.add_argument("--chunk_logits", type=int, default=common.CHUNK_LOGITS, help="as in common.py")
+    parser.add_argument("--chunk_tokens", type=int, default=common.CHUNK_TOKENS, help="as in common.py")
     parser.add_argument("--lora", action="store_true")
     parser.add_argument("--loss_type", default="sigmoid", help="of dpo")
-    parser.add_argument("--memory", choices=everybody)
-    parser.add_argument("--profile", choices=everybody)
-    parser.add_argument("--json", action="store_true", help="print results as one line of JSON")
+    parser.add_argument("--memory", choices=[*OURS, *TRL])
+    parser.add_argument("--profile", choices=[*OURS, *TRL])
+    parser.add_argument(
+        "--json", action="store_true", help="print results as a line of JSON for each of --lengths"
+    )
     args = parser.parse_args()
     transformers.utils.logging.set_verbosity_error()
+    if DEVICE.type == "cuda":
+        common.prepare_cuda()  # for TRL as well: it switches cuDNN's attention off
+    common.CHUNK_LOGITS, common.CHUNK_TOKENS = args.chunk_logits, args.chunk_tokens
     config = SIZES[args.model] | ({"vocab_size": args.vocabulary} if args.vocabulary else {})
-    draw = partial(make_pairs, args.pairs, args.lengths, config["vocab_size"])  # of a seed
+    draws = [partial(make_pairs, args.pairs, lengths, config["vocab_size"]) for lengths in args.lengths]
     with tempfile.TemporaryDirectory() as folder:
         torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(Qwen2Config(**config, tie_word_embeddings=True))
+        with DEVICE:  # on a GPU, this takes a second instead of a minute
+            model = AutoModelForCausalLM.from_config(Qwen2Config(**config, tie_word_embeddings=True))
         # No token ends a completion: in generation, all have NEW_TOKENS.
         model.generation_config = GenerationConfig(eos_token_id=config["vocab_size"], pad_token_id=0)
         model.save_pretrained(folder)
-        del model
-        options = args.pairs, args.size, args.lora, args.loss_type
         if args.lora:
             import peft
 
@@ -346,38 +370,70 @@ def main() -> None:
             lora = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear", "init_lora_weights": False}
             model = peft.get_peft_model(model, peft.LoraConfig(**lora, task_type="CAUSAL_LM"))
             model.save_pretrained(ADAPTER.format(folder))
-            del model
+        flops = flops_per_token(model, args.method)
+        del model
+        options = args.method, folder, args.pairs, args.size, args.lora, args.loss_type
         if args.memory:
-            contestant = Contestant(args.memory, args.method, folder, *options)
-            gib = peak_memory(contestant, draw)
+            gib = peak_memory(Contestant(args.memory, *options), draws[0])
             print(json.dumps({"gib": gib}) if args.json else f"{args.memory}: {gib:.2f} GiB")
             return
         if args.profile:
-            contestant = Contestant(args.profile, args.method, folder, *options)
-            seconds = profile(contestant, draw, config["vocab_size"])
+            seconds = profile(Contestant(args.profile, *options), draws[0], config["vocab_size"])
             print(json.dumps(seconds) if args.json else seconds)
             return
-        contestants = {name: Contestant(name, args.method, folder, *options) for name in args.names}
-        times = {name: [] for name in contestants}
-        first, differences = {}, dict.fromkeys(contestants, 0.0)
-        tokens = 0
-        for i in range(args.steps + 2):
-            pairs = draw(seed=i)
+        contestants, own = {}, {}  # own: the bytes of GPU memory that a contestant keeps between steps
+        for name in args.names:
+            before = torch.cuda.memory_allocated()  # 0 on a CPU
+            contestants[name] = Contestant(name, *options)
+            own[name] = torch.cuda.memory_allocated() - before
+        device = torch.cuda.get_device_name() if DEVICE.type == "cuda" else "cpu"
+        peak = None if args.method == "generation" else PEAK.get(device)
+        kernel = attention_kernel(config)
+        for lengths, draw in zip(args.lengths, draws, strict=True):
+            results = measure(args, contestants, own, draw)
+            for result in results.values():
+                mfu = result["tokens_per_second"] * flops / peak if peak else None
+                result |= {"mfu": mfu, "kernel": kernel}
+            if args.json:
+                print(json.dumps(results), flush=True)
+                continue
+            print(f"attention kernel: {kernel}")
+            for name, result in results.items():
+                low, high = result["quartiles"]
+                print(
+                    f"{args.method} {lengths} {name:8} loss {result['loss']:.6f}  "
+                    f"gradient norm {result['grad_norm']:.5f}  "
+                    f"(of all steps within {result['difference']:.0e} of the first)  "
+                    f"{result['pairs_per_second']:.2f} pairs/s  {result['tokens_per_second']:.0f} tokens/s  "
+                    f"takes {result['times_as_long']:.2f} times as long (quartiles {low:.2f}, {high:.2f})"
+                    + (f"  {result['gib']:.1f} GiB" if result["gib"] else "")
+                    + (f"  MFU {result['mfu']:.1%}" if result["mfu"] else "")
+                )
+
+
+def measure(args, contestants: dict[str, Contestant], own: dict[str, int], draw) -> dict[str, dict]:
+    """Results of each contestant: of args.steps steps in turn, after two that are not timed."""
+    times = {name: [] for name in contestants}
+    first, differences, peaks = {}, dict.fromkeys(contestants, 0.0), dict.fromkeys(contestants, 0)
+    tokens = 0
+    for i in range(args.steps + 2):
+        pairs = draw(seed=i)
+        if i >= 2:  # every prompt once
+            tokens += sum(len(part) for pair in pairs for part in pair.values()) / args.steps
+        for name, contestant in contestants.items():
+            contestant.prepare(pairs)
+            of_others = torch.cuda.memory_allocated() - own[name]
+            result, seconds = timed(contestant.step)
+            own[name] = torch.cuda.memory_allocated() - of_others
+            peaks[name] = max(peaks[name], torch.cuda.max_memory_allocated() - of_others)
+            if i == 0:
+                first[name] = result
+            if name == args.names[0]:
+                want = result
+            apart = max(abs(a - b) / max(abs(a), 1e-9) for a, b in zip(want, result, strict=True))
+            differences[name] = max(differences[name], apart)
             if i >= 2:
-                tokens += sum(len(part) for pair in pairs for part in pair.values()) / args.steps
-            for name, contestant in contestants.items():
-                contestant.prepare(pairs)
-                start = time.perf_counter()
-                result = contestant.step()
-                seconds = time.perf_counter() - start
-                if i == 0:
-                    first[name] = result
-                if name == args.names[0]:
-                    want = result
-                apart = max(abs(a - b) / max(abs(a), 1e-9) for a, b in zip(want, result, strict=True))
-                differences[name] = max(differences[name], apart)
-                if i >= 2:
-                    times[name].append(seconds)
+                times[name].append(seconds)
     results = {}
     tokens = 2 * NEW_TOKENS * args.pairs if args.method == "generation" else tokens
     for name, seconds in times.items():
@@ -386,22 +442,56 @@ def main() -> None:
             "loss": first[name][0],
             "grad_norm": first[name][1],
             "difference": differences[name],
+            "seconds": statistics.median(seconds),
             "pairs_per_second": args.pairs / statistics.mean(seconds),
             "tokens_per_second": tokens / statistics.mean(seconds),
             "times_as_long": statistics.median(ratios),
-            "quartiles": statistics.quantiles(ratios, n=4)[::2],
+            "quartiles": np.quantile(ratios, [0.25, 0.75], method="weibull").tolist(),
+            "gib": peaks[name] / 2**30 or None,
         }
-    if args.json:
-        print(json.dumps(results))
-        return
-    for name, result in results.items():
-        print(
-            f"{args.method} {name:5} loss {result['loss']:.6f}  gradient norm {result['grad_norm']:.5f}  "
-            f"(of all steps within {result['difference']:.0e} of the first)  "
-            f"{result['pairs_per_second']:.2f} pairs/s  {result['tokens_per_second']:.0f} tokens/s  "
-            f"takes {result['times_as_long']:.2f} times as long "
-            f"(quartiles {result['quartiles'][0]:.2f}, {result['quartiles'][1]:.2f})"
-        )
+    return results
+
+
+def timed(step) -> tuple[tuple[float, float], float]:
+    """What step() returns, and its seconds: on a GPU, those between two events of its stream."""
+    if DEVICE.type == "cpu":
+        start = time.perf_counter()
+        return step(), time.perf_counter() - start
+    before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before.record()
+    result = step()
+    after.record()
+    after.synchronize()
+    return result, before.elapsed_time(after) / 1000
+
+
+def flops_per_token(model, method: str) -> int:
+    """FLOPs for a token of a training step: 6 for each parameter of the policy, and 2 of the reference.
+
+    Two are for the forward pass, two for gradients of hidden states and two for gradients of weights, which
+    frozen weights do not have. Tied embeddings count once, as the head. Products of attention do not count.
+    """
+    parameters = sum(weight.numel() for weight in model.parameters())
+    trained = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
+    return 4 * parameters + 2 * trained + 2 * parameters * (method in ("dpo", "xpo"))
+
+
+def attention_kernel(config: dict) -> str:
+    """Names of the kernels of one call of attention, as in packed_attention; "cpu" on a CPU."""
+    if DEVICE.type == "cpu":
+        return "cpu"
+    heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
+    size = config["hidden_size"] // heads
+    query, key = (
+        torch.randn(1, n, 470, size, dtype=torch.bfloat16, device=DEVICE) for n in (heads, kv_heads)
+    )
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+        torch.nn.functional.scaled_dot_product_attention(query, key, key, is_causal=True, enable_gqa=True)
+        torch.cuda.synchronize()
+    events = [event for event in profiler.key_averages() if event.device_type == DeviceType.CUDA]
+    return ", ".join(sorted({event.key.removeprefix("void ").split("<")[0] for event in events}))
 
 
 def peak_memory(contestant: Contestant, draw) -> float:
@@ -427,24 +517,30 @@ def profile(contestant: Contestant, draw, vocabulary: int, steps: int = 5) -> di
     contestant.prepare(draw(seed=0))
     contestant.step()
     with torch.profiler.profile(record_shapes=True) as profiler:
-        start = time.perf_counter()
-        for _ in range(steps):
-            contestant.step()
-        seconds = {"step": (time.perf_counter() - start) / steps}
+        seconds = {"step": sum(timed(contestant.step)[1] for _ in range(steps)) / steps}
     for event in profiler.key_averages(group_by_input_shape=True):
         # What has an axis as long as the vocabulary belongs to the head, or to its softmax.
         of_head = any(vocabulary in shape for shape in event.input_shapes if isinstance(shape, list))
         product = event.key in ("aten::mm", "aten::addmm", "aten::bmm")
         if "adam" in event.key or "foreach" in event.key:
             kind = "optimizer"
-        elif "scaled_dot_product" in event.key or event.key == "aten::bmm":
+        elif "attention" in event.key or event.key == "aten::bmm":
             kind = "attention"
         elif product:
             kind = "head" if of_head else "layers"
         else:
             kind = "softmax over the vocabulary" if of_head else "the rest"
-        seconds[kind] = seconds.get(kind, 0.0) + event.self_cpu_time_total / 1e6 / steps
+        seconds[kind] = seconds.get(kind, 0.0) + self_time(event) / 1e6 / steps
     return seconds
+
+
+def self_time(event) -> float:
+    """Microseconds of an operation without those that it calls: on a GPU, of the kernels that it starts."""
+    if DEVICE.type == "cpu":
+        return event.self_cpu_time_total
+    # Kernels are events of their own as well, and an annotation has the time of all that is within it.
+    is_operation = event.device_type == DeviceType.CPU and not event.is_user_annotation
+    return event.self_device_time_total if is_operation else 0.0
 
 
 if __name__ == "__main__":
