@@ -17,7 +17,8 @@ release with an XPO trainer. The contestants:
 On a GPU, all compute in bfloat16 with float32 weights, and none uses cuDNN's attention, which common.py
 switches off. A step's time is that between two events on the GPU. Two more results are printed there. MFU
 (model FLOPs utilization) is what flops_per_token counts, times the tokens of a second, divided by the GPU's
-peak. The memory of a contestant is the peak during its steps, without what the other contestants keep.
+peak. The memory of a contestant is the peak during its steps, with its weights (and its reference, even if it
+is precomputed), and without what the other contestants keep.
 
 --lora trains an adapter (rank 16, on all linear layers) that has been saved with random weights before; the
 reference is that adapter as it was. For dpo, cpo, simpo and orpo. On a GPU, frozen weights are in bfloat16.
@@ -212,8 +213,9 @@ class Contestant:
             if method == "simpo":
                 options |= dict(loss_type="simpo", cpo_alpha=0.0, beta=2.5, simpo_gamma=1.375)
             trainer = kind(self.model, args=config(**options), **data)
-        self.model.train()
-        if self.checkpointing:  # as Trainer.train() does
+        # As Trainer.train() does. The first is what makes TRL compute in bfloat16.
+        trainer.accelerator.prepare_model(self.model.train())
+        if self.checkpointing:
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
         else:
             self.model.gradient_checkpointing_disable()
