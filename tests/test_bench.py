@@ -1,4 +1,4 @@
-"""tests/bench/make_stories.py, on random models of ten words; tests/bench/chat.py."""
+"""tests/bench: make_stories.py on random models of ten words, step.py, tables.py, memory.py and chat.py."""
 
 import json
 import random
@@ -7,13 +7,21 @@ import runpy
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import transformers
-from conftest import ROOT
+from conftest import ROOT, tiny
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torch.autograd import DeviceType
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+import common
+
+sys.path.insert(0, str(ROOT / "tests" / "bench"))
+import step  # noqa: E402
+import tables  # noqa: E402
 
 WORDS = ["Ann", "Ben", "Lily", "Tom", "Sue", "Sam", "Max", "."]
 VOCABULARY = {word: i for i, word in enumerate(["<s>", "</s>", *(f"▁{word}" for word in WORDS[:-1]), "."])}
@@ -181,6 +189,132 @@ def test_collectives_of_a_step_are_those_that_the_traffic_is_computed_from():
     # Forward, backward without the root's weights, and the reference; each part has one gradient.
     assert whole == {"_allgather_base_": 5 + 4 + 5, "_reduce_scatter_base_": 5}
     assert groups == whole | {"allreduce_": 5}
+
+
+def test_flops_are_six_of_the_policy_and_two_of_the_reference():
+    sizes = dict(vocab_size=10, hidden_size=4, intermediate_size=6, num_hidden_layers=1)
+    model = tiny("qwen2", **sizes, num_attention_heads=2, num_key_value_heads=1)
+    # The embedding, which is the head as well; q, k, v with biases, o; the MLP; three norms.
+    n = 10 * 4 + (4 * 4 + 4) + 2 * (4 * 2 + 2) + 4 * 4 + 3 * 4 * 6 + 3 * 4
+    for method, want in {"dpo": 8 * n, "xpo": 8 * n, "precomputed": 6 * n, "simpo": 6 * n}.items():
+        assert step.flops_per_token(model, method) == want
+    model.requires_grad_(False).model.norm.requires_grad_()  # frozen weights have no gradient
+    assert step.flops_per_token(model, "simpo") == 4 * n + 2 * 4
+
+
+def test_a_step_counts_prompts_once_and_the_memory_of_one_contestant(monkeypatch):
+    memory = SimpleNamespace(now=30, peak=0)  # 10 of a and 20 of b
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: memory.now)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: memory.peak)
+    monkeypatch.setattr(step, "timed", lambda step: (step(), 0.5))
+
+    def fake(kept: int, passing: int):
+        state = [kept]  # of the optimizer, made by the first step
+
+        def take():
+            memory.now += state.pop() if state else 0
+            memory.peak = memory.now + passing
+            return 1.0, 1.0
+
+        return SimpleNamespace(prepare=lambda pairs: None, step=take)
+
+    contestants = {"a": fake(kept=3, passing=5), "b": fake(kept=6, passing=7)}
+    args = SimpleNamespace(steps=2, names=["a", "b"], pairs=1, method="dpo")
+    pairs = [{"prompt": [1, 2, 3], "chosen": [4], "rejected": [5, 6]}]
+    found = step.measure(args, contestants, {"a": 10, "b": 20}, lambda seed: pairs)
+    assert [found[name]["gib"] * 2**30 for name in "ab"] == [10 + 3 + 5, 20 + 6 + 7]
+    assert found["a"]["tokens_per_second"] == 6 / 0.5 and found["a"]["seconds"] == 0.5
+
+
+def test_a_profile_on_a_gpu_counts_every_kernel_once(monkeypatch):
+    monkeypatch.setattr(step, "DEVICE", torch.device("cuda"))
+    times = {"self_cpu_time_total": 1, "self_device_time_total": 7}
+    kinds = [
+        (DeviceType.CPU, False),
+        (DeviceType.CUDA, False),
+        (DeviceType.CPU, True),
+    ]  # the last: annotations
+    events = [SimpleNamespace(device_type=d, is_user_annotation=a, **times) for d, a in kinds]
+    assert [step.self_time(event) for event in events] == [7, 0, 0]
+
+
+def test_steps_of_several_lengths_and_chunks_compiled_and_not(monkeypatch, capsys):
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda forward, **options: compiled.append(forward) or forward)
+    for name in ("CHUNK_LOGITS", "CHUNK_TOKENS"):
+        monkeypatch.setattr(common, name, getattr(common, name))
+    flags = "--names ours compiled --lengths 5 9 --pairs 2 --size 1 --steps 1 --vocabulary 64 --json"
+    flags += " --chunk_logits 200 --chunk_tokens 7"
+    monkeypatch.setattr(sys, "argv", ["step.py", "dpo", *flags.split()])
+    step.main()
+    assert (common.CHUNK_LOGITS, common.CHUNK_TOKENS) == (200, 7)
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith("{")]
+    assert [[*line] for line in lines] == 2 * [["ours", "compiled"]]
+    assert len(compiled) == 2 * 3  # layers of policy and reference of the second contestant
+    for line in lines:
+        assert line["compiled"]["difference"] < 1e-5 and line["ours"]["kernel"] == "cpu"
+    assert lines[0]["ours"]["grad_norm"] != lines[1]["ours"]["grad_norm"]
+
+
+def table(monkeypatch, capsys, flags: str) -> list[str]:
+    """The lines that tables.py prints."""
+    monkeypatch.setattr(sys, "argv", ["tables.py", *flags.split()])
+    tables.main()
+    return capsys.readouterr().out.splitlines()
+
+
+def test_the_table_of_a_gpu_is_tried_on_a_cpu_only_if_one_says_so(monkeypatch, capsys, tmp_path):
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    for flags in ("gpu", "gpu --model small", f"gpu --results {tmp_path}"):
+        with pytest.raises(SystemExit, match="^error: this needs a GPU; .*$"):
+            table(monkeypatch, capsys, flags)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    flags = "gpu --model small --steps 1 --names ours --lengths summary --methods dpo --minutes 0"
+    lines = table(monkeypatch, capsys, f"{flags} --results {tmp_path}")
+    (row,) = [line.split(" | ") for line in lines if line.startswith("| small")]
+    assert row[1:4] == ["DPO", "summary", "ours"] and float(row[4]) > 0 and row[5] == "1.00"
+    assert lines[-1].startswith("4 of 5 rows are missing") and lines[-2].endswith("attention kernel: cpu")
+    (content,) = json.loads((tmp_path / "gpu.json").read_text()).values()
+    assert content["loss"] == pytest.approx(0.693147) and str(tmp_path) not in content["command"]
+
+
+def test_the_table_of_a_gpu_goes_on_where_it_ended(monkeypatch, capsys, tmp_path):
+    calls, works = [], 1  # how many of three lengths step.py measures before it fails
+
+    def measured(method, *flags):
+        names = flags[flags.index("--names") + 1 :]
+        calls.append((method, flags[flags.index("--model") + 1], names, "--lora" in flags))
+        row = {"seconds": 0.5, "pairs_per_second": 16.0, "mfu": 0.25, "gib": 1.0, "kernel": "flash"}
+        return [{name: row for name in names}] * works
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(tables, "provenance", lambda: {"device": "a GPU"})
+    monkeypatch.setattr(tables, "steps", measured)
+    flags = f"gpu --results {tmp_path} --methods dpo"
+    first = table(monkeypatch, capsys, f"{flags} --minutes 0")
+    assert calls == [("dpo", "0.5b", ("ours", "best"), False)]
+    row = "| 0.5b | DPO | chat | best | 0.500 | 1.00 | 16.00 | 25.0 | 1.0 |"
+    assert row in first and first[-1].startswith("21 of 23 rows are missing")
+    works = 3
+    lines = table(monkeypatch, capsys, flags)
+    assert len([line for line in lines if line.startswith(("| 0.5b", "| 1.5b"))]) == 23
+    assert not any("missing" in line for line in lines) and "a GPU; attention kernel: flash" in lines
+    apart = [("dpo", "1.5b", (name,), False) for name in ("ours", "best", "compiled")]
+    assert calls[1] == calls[0] and calls[3:6] == apart and calls[6][-1] and len(calls) == 10
+    table(monkeypatch, capsys, flags)
+    assert len(calls) == 10
+
+
+def test_lora_has_rows_of_its_own_in_the_table_against_trl(monkeypatch, capsys, tmp_path):
+    timed = {name: {"pairs_per_second": 2, "times_as_long": 2, "quartiles": [1, 3]} for name in tables.NAMES}
+    monkeypatch.setattr(tables, "HERE", tmp_path)
+    monkeypatch.setattr(tables, "step", lambda *flags, **_: {"gib": 1} if "--memory" in flags else timed)
+    lines = table(monkeypatch, capsys, "trl --lora")
+    found = json.loads((tmp_path / "trl.json").read_text())
+    assert [key for key in found if "memory" not in key] == [f"{m} chat lora" for m in tables.WITH_LORA]
+    assert "dpo chat lora memory best" in found and len(found) == 3 * 6
+    assert [line.split(" | ")[0] for line in lines[-3:]] == ["| DPO, LoRA", "| SimPO, LoRA", "| ORPO, LoRA"]
 
 
 @pytest.mark.long

@@ -1,21 +1,30 @@
 """The README's tables of time and memory, each by one command; results go to a .json beside this file.
 
     python tests/bench/tables.py trl [--xpo PYTHON]    against TRL 1.16; XPO: one with TRL 1.13
+    python tests/bench/tables.py trl --lora            the same with LoRA, at chat lengths
+    python tests/bench/tables.py gpu                   on a GPU: ours, compiled, TRL's best, at 0.5b and 1.5b
     python tests/bench/tables.py where                 what the time of a step goes into, ours and TRL's
     python tests/bench/tables.py growth                with completion length, vocabulary, processes
     python tests/bench/tables.py startup               with the number of pairs in the dataset
     python tests/bench/tables.py figures               bars of the first table, curves of the second
 
 Measurements need an idle machine. A part that is in the .json already is not measured again.
+
+gpu ends after about eight minutes (--minutes). The same command measures what is left. On a CPU, `gpu --model
+small --results FOLDER` is a dry run with a tiny model.
 """
 
 import argparse
+import importlib.metadata
 import json
 import os
 import platform
 import subprocess
 import sys
 import tempfile
+import time
+from collections.abc import Iterator
+from functools import partial
 from itertools import pairwise, product
 from pathlib import Path
 
@@ -34,25 +43,36 @@ LENGTHS = ("chat", "summary", "story")
 WHERE = ("dpo", "cpo")
 KINDS = ("layers", "attention", "head", "softmax over the vocabulary", "optimizer", "the rest")
 NAMES = ("ours", "lean", "trl", "fast", "best")
+WITH_LORA = ("dpo", "simpo", "orpo")
+# Pairs of a step and of a micro-batch. At 1.5b, TRL would come close to 80 GB, on paper, with four.
+GPU_PAIRS = {"0.5b": (8, 4), "1.5b": (8, 2), "small": (1, 1)}
 
 
-def step(*flags, python: str = sys.executable, processes: int = 1, threads: int | None = None) -> dict:
-    """What step.py says."""
+def step(*flags, **options) -> dict:
+    """What step.py says of one kind of lengths."""
+    found = steps(*flags, **options)
+    if not found:
+        raise SystemExit(1)
+    return found[0]
+
+
+def steps(*flags, python: str = sys.executable, processes: int = 1, threads: int | None = None) -> list[dict]:
+    """What step.py says: of several lengths, as many as it measured before it ended or failed."""
     launch = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}"] if processes > 1 else []
     command = [python, *launch, str(HERE / "step.py"), *map(str, flags), "--json"]
     threads = {"OMP_NUM_THREADS": str(threads)} if threads else {}
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | threads)
     found = [line for line in done.stdout.splitlines() if line.startswith("{")]
-    if not found:
-        raise SystemExit(f"{' '.join(command)} failed:\n{done.stderr[-2000:]}")
-    return json.loads(found[0])
+    if done.returncode:
+        print(f"{' '.join(command)} failed:\n{done.stderr[-2000:]}", file=sys.stderr)
+    return [json.loads(line) for line in found]
 
 
 class Results:
     """A .json of results by key; what is there is not measured again."""
 
-    def __init__(self, name: str):
-        self.path = HERE / f"{name}.json"
+    def __init__(self, name: str, folder: Path | None = None):
+        self.path = (folder or HERE) / f"{name}.json"
         self.content = json.loads(self.path.read_text()) if self.path.exists() else {}
 
     def get(self, key: str, measure) -> dict:
@@ -65,12 +85,12 @@ class Results:
 
 def provenance() -> dict:
     import torch
-    import transformers
 
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else cpu_name()
-    versions = {"torch": torch.__version__, "transformers": transformers.__version__}
-    command = ["PYTHON" if before == "--xpo" else word for before, word in pairwise(sys.argv)]
+    versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers")}
+    paths = {"--xpo": "PYTHON", "--results": "FOLDER"}  # they say something about a machine only
+    command = [paths.get(before, word) for before, word in pairwise(sys.argv)]
     return versions | {"device": device, "commit": commit.stdout.strip(), "command": " ".join(command)}
 
 
@@ -86,34 +106,100 @@ def cpu_name() -> str:
 def against_trl(args) -> None:
     results = Results("trl")
     methods = [method for method in args.methods if args.xpo or method not in ("xpo", "generation")]
-    for lengths, method in product(args.lengths, methods):
+    cases, lora, suffix = product(args.lengths, methods), [], ""
+    if args.lora:
+        cases, lora, suffix = product(["chat"], [m for m in methods if m in WITH_LORA]), ["--lora"], " lora"
+    for lengths, method in cases:
         if method == "generation" and lengths != "chat":
             continue
         python = args.xpo if method in ("xpo", "generation") else sys.executable
-        steps = args.steps * (2 if method == "generation" else 1)
-        flags = (method, "--lengths", lengths, "--steps", steps)
-        results.get(f"{method} {lengths}", lambda flags=flags, python=python: step(*flags, python=python))
-        if method in ("simpo", "generation"):  # in memory as CPO; nothing to see
+        count = args.steps * (2 if method == "generation" else 1)
+        key, flags = f"{method} {lengths}{suffix}", (method, "--lengths", lengths, *lora)
+        timed = (*flags, "--steps", count)
+        results.get(key, lambda timed=timed, python=python: step(*timed, python=python))
+        if method == "generation" or (method == "simpo" and not lora):  # in memory as CPO; nothing to see
             continue
         for name in NAMES:
-            flags = (method, "--lengths", lengths, "--memory", name)
-            key = f"{method} {lengths} memory {name}"
-            results.get(key, lambda flags=flags, python=python: step(*flags, python=python))
+            measured = (*flags, "--memory", name)
+            name = f"{key} memory {name}"
+            results.get(name, lambda measured=measured, python=python: step(*measured, python=python))
     print(
         "| method | lengths | ours, pairs/s | TRL takes: defaults | no checkpointing | best | ours, GiB "
         "| checkpointing | TRL: defaults | no checkpointing | best |\n|" + "---|" * 11
     )
     for lengths, method in product(LENGTHS, TITLES):
-        row, key = results.content.get(f"{method} {lengths}"), f"{method} {lengths} memory"
+        key = f"{method} {lengths}{suffix}"
+        row = results.content.get(key)
         if not row:
             continue
         cells = [f"{row['ours']['pairs_per_second']:.2f}"]
         for name in NAMES[2:]:
             low, high = row[name]["quartiles"]
             cells.append(f"{row[name]['times_as_long']:.2f} ({low:.2f}–{high:.2f})")
-        memory = [results.content.get(f"{key} {name}") for name in NAMES]
+        memory = [results.content.get(f"{key} memory {name}") for name in NAMES]
         cells += [f"{found['gib']:.2f}" if found else "" for found in memory]
-        print(f"| {TITLES[method]} | {lengths} | " + " | ".join(cells) + " |")
+        print(f"| {TITLES[method]}{suffix and ', LoRA'} | {lengths} | " + " | ".join(cells) + " |")
+
+
+def gpu_parts(args) -> Iterator[tuple]:
+    """Of each process: method, size, lengths, what is special, flags for that, and contestants.
+
+    The most important come first. At 1.5b, two contestants do not fit into 80 GB. The compiled one is always
+    alone, so that the others are measured if it fails.
+    """
+    sizes = [args.model] if args.model else ["0.5b", "1.5b"]
+    for size in sizes:
+        apart = [("ours",), ("best",)] if size == "1.5b" else [("ours", "best")]
+        for names in (*apart, ("compiled",)):
+            yield "dpo", size, args.lengths, "", (), names
+    first = sizes[0]
+    yield "dpo", first, ["chat"], " lora", ("--lora",), ("ours", "best")
+    for power in (26, 27, 28):
+        flags = ("--chunk_logits", 2**power, "--chunk_tokens", 4096)
+        yield "dpo", first, ["chat"], f" 2^{power} logits", flags, ("ours",)
+    for method in ("simpo", "orpo"):
+        yield method, first, args.lengths, "", (), ("ours", "best")
+        yield method, first, ["chat"], " lora", ("--lora",), ("ours", "best")
+
+
+def on_gpu(args) -> None:
+    import torch
+
+    if not torch.cuda.is_available() and not (args.model == "small" and args.results):
+        raise SystemExit("error: this needs a GPU; --model small --results FOLDER is a dry run on a CPU")
+    results, start, rows = Results("gpu", args.results), time.monotonic(), []
+    is_late = False
+    for method, size, kinds, special, flags, names in gpu_parts(args):
+        names = [name for name in names if name in args.names and method in args.methods]
+        keys = {cell: f"{method} {size} {cell[0]}{special} {cell[1]}" for cell in product(kinds, names)}
+        title = TITLES[method] + special.replace(" lora", ", LoRA")
+        rows += [(size, title, *cell, key) for cell, key in keys.items()]
+        if is_late or all(key in results.content for key in keys.values()):
+            continue
+        pairs, micro_batch = GPU_PAIRS[size]
+        flags = (*flags, "--model", size, "--pairs", pairs, "--size", micro_batch, "--steps", args.steps)
+        found = steps(method, *flags, "--lengths", *kinds, "--names", *names)
+        for (lengths, name), key in keys.items():
+            if row := dict(zip(kinds, found, strict=False)).get(lengths):  # none if step.py failed before
+                results.get(key, partial(row.get, name))
+        is_late = time.monotonic() - start > 60 * args.minutes
+    print("| model | method | lengths | contestant | seconds | ours = 1 | pairs/s | MFU, % | GiB |")
+    print("|" + "---|" * 9)
+    content = results.content
+    for *cells, key in rows:
+        if row := content.get(key):
+            ours = content.get(f"{key.rpartition(' ')[0]} ours")
+            ratio = f"{row['seconds'] / ours['seconds']:.2f}" if ours else ""
+            cells += [f"{row['seconds']:.3f}", ratio, f"{row['pairs_per_second']:.2f}"]
+            cells += [
+                f"{100 * row['mfu']:.1f}" if row["mfu"] else "",
+                f"{row['gib']:.1f}" if row["gib"] else "",
+            ]
+            print(f"| {' | '.join(cells)} |")
+    for device, kernel in sorted({(row["device"], row["kernel"]) for row in content.values()}):
+        print(f"{device}; attention kernel: {kernel}")
+    if left := sum(key not in content for *_, key in rows):
+        print(f"{left} of {len(rows)} rows are missing; the same command measures them")
 
 
 def where(args) -> None:
@@ -228,15 +314,26 @@ def figures(args) -> None:
     fig.savefig(HERE / "figures.png", dpi=110)
 
 
-if __name__ == "__main__":
+def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    tables = {"trl": against_trl, "where": where, "growth": growth, "startup": startup, "figures": figures}
+    tables = {"trl": against_trl, "gpu": on_gpu, "where": where, "growth": growth, "startup": startup}
+    tables |= {"figures": figures}
     parser.add_argument("table", choices=tables)
     parser.add_argument("--steps", type=int, default=10)
-    parser.add_argument("--lengths", nargs="*", choices=LENGTHS, default=LENGTHS, help="of the first table")
-    parser.add_argument("--methods", nargs="*", choices=TITLES, default=[*TITLES], help="of the first table")
-    parser.add_argument("--xpo", help="the Python of an environment with TRL 1.13")
+    parser.add_argument("--lengths", nargs="*", choices=LENGTHS, default=LENGTHS, help="of trl and gpu")
+    parser.add_argument("--methods", nargs="*", choices=TITLES, default=[*TITLES], help="of trl and gpu")
+    parser.add_argument("--xpo", help="of trl: the Python of an environment with TRL 1.13")
+    parser.add_argument("--lora", action="store_true", help="of trl: train adapters")
+    names = ("ours", "compiled", "best")
+    parser.add_argument("--names", nargs="*", choices=names, default=names, help="contestants of gpu")
+    parser.add_argument("--model", choices=GPU_PAIRS, help="of gpu [0.5b and 1.5b]")
+    parser.add_argument("--results", type=Path, help="folder for the gpu.json of gpu [this file's]")
+    parser.add_argument("--minutes", type=float, default=8, help="after which gpu begins no other part")
     args = parser.parse_args()
     tables[args.table](args)
+
+
+if __name__ == "__main__":
+    main()
