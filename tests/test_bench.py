@@ -209,11 +209,11 @@ def test_a_step_counts_prompts_once_and_the_memory_of_one_contestant(monkeypatch
     monkeypatch.setattr(step, "timed", lambda step: (step(), 0.5))
 
     def fake(kept: int, passing: int):
-        state = [kept]  # of the optimizer, made by the first step
+        state = [kept]  # of the optimizer: the first step makes it, and later ones need more because of it
 
         def take():
-            memory.now += state.pop() if state else 0
             memory.peak = memory.now + passing
+            memory.now += state.pop() if state else 0
             return 1.0, 1.0
 
         return SimpleNamespace(prepare=lambda pairs: None, step=take)
@@ -243,11 +243,11 @@ def test_steps_of_several_lengths_and_chunks_compiled_and_not(monkeypatch, capsy
     monkeypatch.setattr(torch, "compile", lambda forward, **options: compiled.append(forward) or forward)
     for name in ("CHUNK_LOGITS", "CHUNK_TOKENS"):
         monkeypatch.setattr(common, name, getattr(common, name))
-    flags = "--names ours compiled --lengths 5 9 --pairs 2 --size 1 --steps 1 --vocabulary 64 --json"
-    flags += " --chunk_logits 200 --chunk_tokens 7"
+    flags = "--names ours compiled --lengths 5 9 --pairs 1 --size 1 --steps 1 --vocabulary 64 --json"
+    flags += " --chunk_logits 999 --chunk_tokens 7"
     monkeypatch.setattr(sys, "argv", ["step.py", "dpo", *flags.split()])
     step.main()
-    assert (common.CHUNK_LOGITS, common.CHUNK_TOKENS) == (200, 7)
+    assert (common.CHUNK_LOGITS, common.CHUNK_TOKENS) == (999, 7)
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith("{")]
     assert [[*line] for line in lines] == 2 * [["ours", "compiled"]]
     assert len(compiled) == 2 * 3  # layers of policy and reference of the second contestant
