@@ -360,7 +360,6 @@ def load_data(args: Arguments, tokenizer, completions=("chosen", "rejected"), *,
     for name, raw in read_splits(args, columns).items():
         raw, tokens, lengths = tokenize_split(raw, name, args, tokenizer, columns)
         data.append(Data(raw, tokens, lengths, score_prompts, decoder_prompt, vision))
-    data = hold_out(data[0]) if args.eval_strategy != "no" and len(data) == 1 else data
     train = data[0]
     used = {*columns, "chosen", "rejected", "answer", "tools", "chat_template_kwargs"}
     used |= {"image", "images"} if vision else set()
@@ -382,7 +381,7 @@ def load_data(args: Arguments, tokenizer, completions=("chosen", "rejected"), *,
 
 
 def read_splits(args: Arguments, columns: tuple) -> dict[str, datasets.Dataset]:
-    """The split to train on and, unless eval_strategy is "no", the test split, if the dataset has one."""
+    """The split to train on and, unless eval_strategy is "no", the test split or rows that are held out."""
     path, kind = Path(args.dataset_name), FILES.get(Path(args.dataset_name).suffix)
     if path.is_file() and not (kind and path.stat().st_size):
         fail(f"{path} is empty" if kind else f"{path} is not a file of the kinds {', '.join(FILES)}")
@@ -402,21 +401,16 @@ def read_splits(args: Arguments, columns: tuple) -> dict[str, datasets.Dataset]:
     test = [name for name in (args.dataset_test_split, *TEST_SPLITS) if name in splits][:1]
     if not train or not {args.dataset_train_split, args.dataset_test_split} <= {None, *splits}:
         fail(f"--dataset_train_split and --dataset_test_split have to be among {', '.join(splits)}")
-    for name in train:
-        splits[name] = splits[name].select(range(len(splits[name]))[: args.max_train_samples])
     names = train + test if args.eval_strategy != "no" else train
     with one_line("--rename_columns old=new"):
-        return {name: splits[name].rename_columns(new_names) for name in names}
-
-
-def hold_out(data: Data) -> list[Data]:
-    """[training, test] split of a split: 2% of the rows, 64 to 512 but at most 20%, the same in every run."""
-    rows = np.random.default_rng(0).permutation(n := len(data.lengths))
-    size = min(max(64, n // 50), 512, n // 5)
+        splits = {name: splits[name].rename_columns(new_names) for name in names}
+    rows = splits[train[0]]
+    splits[train[0]] = rows = rows.select(range(len(rows))[: args.max_train_samples])
+    if test or args.eval_strategy == "no":
+        return splits
+    size = min(max(64, (n := len(rows)) // 50), 512, n // 5)  # 2%; the same rows in every run
     say(f"no test split: {size} of {n} rows are held out for evaluation; --eval_strategy no trains on all")
-    parts = [np.sort(part) for part in (rows[size:], rows[:size]) if len(part)]
-    raw, tokens, lengths = data.raw, data.tokens, data.lengths
-    return [data._replace(raw=raw.select(p), tokens=tokens.select(p), lengths=lengths[p]) for p in parts]
+    return rows.train_test_split(size, seed=0) if size else splits
 
 
 def tokenize_split(raw: datasets.Dataset, name: str, args: Arguments, tokenizer, columns: tuple) -> tuple:

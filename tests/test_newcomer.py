@@ -5,7 +5,6 @@ import re
 from pathlib import Path
 
 import datasets
-import numpy as np
 import pytest
 from conftest import METHODS, ROOT, parse, run_script
 from test_data import TOY, answer, ids, load, pair, user, write
@@ -34,18 +33,13 @@ def numbered(n: int) -> list[dict]:
 @pytest.mark.parametrize(
     "n, size", [(4, 0), (5, 1), (100, 20), (320, 64), (3200, 64), (5000, 100), (30000, 512)]
 )
-def test_a_share_is_held_out_where_there_is_no_test_split(n, size, capsys):
-    tokens = datasets.Dataset.from_dict({"prompt": [[i] for i in range(n)]})
-    data = common.Data(tokens, tokens, np.arange(n)[:, None], True)
-    train, *tests = common.hold_out(data)
-    assert f"{size} of {n} rows are held out" in capsys.readouterr().out
-    assert [len(test.lengths) for test in tests] == [size] * (size > 0)
-    rows = [row for split in (train, *tests) for row in split.lengths[:, 0].tolist()]
-    assert sorted(rows) == [*range(n)] and train.score_prompts
-    for split in (train, *tests):  # tokens, rows and lengths belong together, and are the same every time
-        assert split.tokens["prompt"][:] == split.lengths.tolist() == split.raw["prompt"][:]
-    again = common.hold_out(data)
-    assert all((a.lengths == b.lengths).all() for a, b in zip((train, *tests), again, strict=True))
+def test_a_share_is_held_out_where_there_is_no_test_split(n, size, tmp_path, capsys):
+    args = Arguments(dataset_name=str(write(tmp_path / "pairs.jsonl", numbered(n))))
+    splits, again = (common.read_splits(args, ("prompt", "chosen", "rejected")) for _ in range(2))
+    assert f"{size} of {n} rows are held out for evaluation" in capsys.readouterr().out
+    assert [len(splits[name]) for name in splits] == [n - size, size][: 1 + (size > 0)]
+    assert sorted(int(answer) for split in splits.values() for answer in split["answer"][:]) == [*range(n)]
+    assert all(splits[name]["answer"][:] == again[name]["answer"][:] for name in splits)
 
 
 def test_held_out_rows_are_said_and_evaluated(tmp_path, capsys):
