@@ -168,7 +168,7 @@ def collate(
     elif vision:  # such models are not packed
         tensors["inputs"] = vision.inputs(tokens[:, :-1], images) | tensors["inputs"]
     else:
-        tensors |= pack(inputs, scored[labeled])
+        tensors |= pack(tensors["inputs"], prompt_ends, scored[labeled], k)
     return Batch(per_prompt=k, **tree_map_only(Tensor, partial(copy_to, device), tensors), **fields)
 
 
@@ -184,26 +184,22 @@ def copy_to(device: torch.device, tensor: Tensor) -> Tensor:
 
 
 # -------------------------------------------------------------------------------------- the fast forward pass
-def pack(examples: list[tuple], scored: Tensor) -> dict:
+def pack(inputs: dict[str, Tensor], prompt_ends: Tensor, scored: Tensor, k: int) -> dict:
     """The fields of Batch for the fast forward pass: all tokens in one row, without padding."""
     # For the picture of Batch, it is p1 p2 c1 c2 r1 q1 c1 r1 r2: T tokens, and each prompt once.
-    ids, positions, lengths, places = [], [], [], []
-    for prompt, *completions in examples:
-        start, prompt_end = len(ids), len(ids) + len(prompt)
-        lengths.append([len(prompt), *(len(completion) - 1 for completion in completions)])
-        ids += prompt
-        positions += range(len(prompt))
-        for completion in completions:
-            end = len(ids) + len(completion) - 1
-            places.append(torch.tensor([*range(start, prompt_end), *range(len(ids), end)]))
-            ids += completion[:-1]
-            positions += range(len(prompt), len(prompt) + len(completion) - 1)
+    ids, is_token = inputs["input_ids"], inputs["attention_mask"].bool()  # (2B, L)
+    columns = torch.arange(ids.shape[1]).expand_as(ids)
+    kept = is_token & (columns >= prompt_ends)
+    lengths = torch.cat([prompt_ends[::k], kept.sum(1).view(-1, k)], dim=1)
+    kept[::k] = is_token[::k]  # a prompt comes from the first of its rows
+    places = kept.flatten().cumsum(0).view_as(kept) - 1  # (2B, L): where in the row the tokens of a batch are
+    places = torch.where(columns < prompt_ends, places[::k].repeat_interleave(k, 0), places)
     # packed_attention ignores this mask. Without one, transformers would make one of T * T entries.
-    inputs = {"input_ids": ids, "position_ids": positions, "attention_mask": [[[True]]]}
-    places = pad_sequence(places, batch_first=True)  # (2B, L): where in the row the tokens of a batch are
+    mask = torch.ones(1, 1, 1, 1, dtype=torch.bool)
+    row = {"input_ids": ids[kept][None], "position_ids": columns[kept][None], "attention_mask": mask}
     return {
-        "packed_inputs": {name: torch.tensor([value]) for name, value in inputs.items()},  # (1, T)
-        "packed_lengths": lengths,  # of each pair: how many tokens of prompt, chosen, rejected are in the row
+        "packed_inputs": row,  # (1, T)
+        "packed_lengths": lengths.tolist(),  # of each pair: tokens of prompt, chosen, rejected in the row
         "packed_index": places[: len(scored)][scored],  # (N,) places in the row that predict these labels
     }
 
