@@ -325,7 +325,7 @@ def choose_forward_pass(model) -> None:
 
 # ------------------------------------------------------------------------------------------- data and batches
 FILES = {".json": "json", ".jsonl": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
-TRAIN_SPLITS = ["train", "train_prefs"]  # the first of these that a dataset has is used
+# The first of these that a dataset has is used.
 TEST_SPLITS = ["test", "validation", "valid", "dev", "eval", "test_prefs", "test_sft"]
 LIKELY_PROMPTS = ["question", "input", "instruction", "query"]
 NO_PROMPT = "there is no prompt"
@@ -393,7 +393,7 @@ def read_splits(args: Arguments, columns: tuple) -> dict[str, datasets.Dataset]:
             splits = splits if isinstance(splits, dict) else {"train": splits}
         else:
             splits = datasets.load_dataset(kind or args.dataset_name, **options)
-    train = [name for name in (args.dataset_train_split, *TRAIN_SPLITS) if name in splits][:1]
+    train = [name for name in (args.dataset_train_split, "train", "train_prefs") if name in splits][:1]
     test = [name for name in (args.dataset_test_split, *TEST_SPLITS) if name in splits][:1]
     if not train or not {args.dataset_train_split, args.dataset_test_split} <= {None, *splits}:
         fail(f"--dataset_train_split and --dataset_test_split have to be among {', '.join(splits)}")
@@ -672,8 +672,7 @@ def global_batches(data: Data, args: Arguments) -> np.ndarray:
     say(f"training: {steps} steps, each of {size} of the {rows} rows{few}")
     epochs = range(math.ceil(steps / per_epoch))
     orders = [np.random.default_rng((args.seed, epoch)).permutation(rows) for epoch in epochs]
-    batches = [order[: per_epoch * size].reshape(per_epoch, size) for order in orders]
-    batches = np.concatenate(batches)[:steps]
+    batches = np.concatenate([order[: per_epoch * size] for order in orders]).reshape(-1, size)[:steps]
     short_first = data.lengths.sum(1)[batches].argsort(axis=1, kind="stable")
     return np.take_along_axis(batches, short_first, axis=1)
 
@@ -1284,25 +1283,23 @@ def write_run(args: Arguments, *, finished: bool) -> None:
 
 def check_output_dir(args: Arguments) -> None:
     """End the program unless this run can begin or resume in output_dir."""
-    folder, file = Path(args.output_dir).absolute(), Path(args.output_dir, "run.json")
+    out, folder, file = args.output_dir, Path(args.output_dir).absolute(), Path(args.output_dir, "run.json")
     there = next(path for path in (folder, *folder.parents) if path.exists())
     if not there.is_dir() or not os.access(there, os.W_OK):
-        fail(f"cannot write to --output_dir {args.output_dir}")
+        fail(f"cannot write to --output_dir {out}")
     if not file.exists():
         if any((folder / f"{name}config.json").exists() for name in ("", "adapter_")):
-            fail(f"--output_dir {args.output_dir} has a model, which would be overwritten")
+            fail(f"--output_dir {out} has a model, which would be overwritten")
         return
     old, new = json.loads(file.read_text()), FORMAT | asdict(args)
     may_change = MAY_CHANGE + ["data_digest"] * (args.data_digest is None)  # before the data are loaded
     if differ := [name for name in new if name not in may_change and old.get(name) != new[name]]:
         changes = ", ".join(f"{name} {old.get(name)} (now {new[name]})" for name in differ[:3])
         changes += f" and {len(differ) - 3} more" * (len(differ) > 3)
-        fail(
-            f"another run is in {args.output_dir}: {changes}; choose another --output_dir, or delete that one"
-        )
+        fail(f"another run is in {out}: {changes}; choose another --output_dir, or delete that one")
     if old["finished"]:
-        say(f"finished already, in {args.output_dir}; to start anew, delete it")
-        say(f"to train the finished model further: --model_name_or_path {args.output_dir}")
+        say(f"finished already, in {out}; to start anew, delete it")
+        say(f"to train the finished model further: --model_name_or_path {out}")
         raise SystemExit(0)
 
 
@@ -1490,9 +1487,7 @@ class Arguments:
     gradient_checkpointing: bool = arg(False, "recompute activations in the backward pass, to save memory")
     dtype: Literal["float32", "bfloat16", "float64"] = arg("float32", "of the trained weights")
     torch_compile: bool = arg(False, "compile each layer, which takes minutes at the start")
-    sync_gradients_once: bool = arg(
-        False, "reduce gradients once per step, not per forward pass: more memory"
-    )
+    sync_gradients_once: bool = arg(False, "reduce gradients once per step, which takes more memory")
     hsdp_shard_size: int | None = arg(None, "shard over so many processes, replicate over the others [all]")
     # Not `bool | None`, for which the parser would not take --bf16 without a value.
     bf16: bool = arg(None, "compute in bfloat16; weights keep their dtype [true on a GPU]")
