@@ -850,9 +850,6 @@ def load_model(path: str, args: Arguments, device: torch.device, *, trainable: b
         choose_forward_pass(source.train(trainable))
     if args.load_in_4bit:
         model = source
-        shapes = [p.quant_state.shape for p in model.parameters() if hasattr(p, "quant_state")]
-        if device.type == "cpu" and any(inputs % 64 for _, inputs in shapes):
-            fail(f"on a CPU, --load_in_4bit needs sizes that are multiples of 64, unlike those of {path}")
     else:  # only rank 0 reads the weights: others would need as much memory. receive_weights distributes them
         with torch.device("meta"):
             model = kind.from_config(config, dtype=base_dtype, trust_remote_code=args.trust_remote_code)

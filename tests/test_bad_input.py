@@ -211,7 +211,6 @@ WRONG = [  # method, flags, what is said
     ("cpo", "--use_peft --lora_r 0", "lora_r must be positive, not 0"),
     ("orpo", "--use_peft --lora_dropout 1.5", "lora_dropout must be below 1"),
     ("orpo", "--load_in_4bit", "weights in 4 bits cannot be trained: --load_in_4bit needs --use_peft"),
-    ("orpo", "--load_in_4bit --use_peft", "on a CPU, --load_in_4bit needs sizes that are multiples of 64"),
     ("xpo", "--use_peft --sync_ref_model", "a reference of LoRA has none of its own"),
     (
         "dpo",
