@@ -116,7 +116,9 @@ def token_logps(model, batch: Batch, *, of: Callable[[Tensor, Tensor], Tensor] =
     if model.forward_pass == "packed":
         lengths = torch.tensor(batch.packed_lengths)  # for a list, layers would be compiled anew
         outputs = model.get_decoder()(**batch.packed_inputs, lengths=lengths, use_cache=False)
-        hidden = outputs.last_hidden_state[0, batch.packed_index] * logit_scale(model)  # (N, D)
+        config = model.config.get_text_config()  # Cohere has a scale of its logits, Granite a divisor
+        scale = (getattr(config, "logit_scale", None) or 1) / (getattr(config, "logits_scaling", None) or 1)
+        hidden = outputs.last_hidden_state[0, batch.packed_index] * scale  # (N, D)
         weight = model.get_output_embeddings().weight
     else:  # "padded" and "encoded once" keep all logits
         inputs, k = dict(batch.inputs), batch.per_prompt
@@ -129,13 +131,6 @@ def token_logps(model, batch: Batch, *, of: Callable[[Tensor, Tensor], Tensor] =
         model.router_loss = outputs.get("aux_loss")
     values = ChunkedHead.apply(hidden, weight, batch.labels[rows, columns], of)  # (N,) or (N, k)
     return values.new_zeros(*batch.labels.shape, *values.shape[1:]).index_put((rows, columns), values)
-
-
-def logit_scale(model) -> float:
-    """The factor that some models apply to their last hidden states or logits."""
-    config = model.config.get_text_config()
-    scale, divisor = (getattr(config, name, None) or 1.0 for name in ("logit_scale", "logits_scaling"))
-    return scale / divisor  # Cohere has a scale, Granite a divisor
 
 
 def collate(
