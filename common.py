@@ -458,11 +458,11 @@ def tokenize(row, tokenizer, completions, max_length, room=1, truncate_prompt=Fa
     try:
         prompt, *answers = checked_parts(row, tokenizer, completions)
         whole = parts = encode_row(row, tokenizer, images, prompt, answers)
-        # Completions get what they need, up to half of max_length.
-        space = max_length - max(room, min(max_length // 2, max(map(len, whole[1:]), default=0)))
-        if truncate_prompt and not images and len(whole[0]) > space:
-            parts = cut_prompt(row, tokenizer, prompt, answers, whole, space)
-        prompt_ids, space = parts[0], max_length - len(parts[0])
+        # Completions get what they need, up to half of max_length, and the prompt gets the rest.
+        needed = max(room, min(max_length // 2, max(map(len, whole[1:]), default=0)))
+        if truncate_prompt and not images and len(whole[0]) > max_length - needed:
+            parts = cut_prompt(row, tokenizer, prompt, answers, whole, max_length - needed)
+        prompt_ids, space = parts[0], max_length - len(parts[0])  # for each completion
         if getattr(tokenizer, "decoder_prompt", None):  # for the encoder; its last token, perhaps EOS, stays
             prompt_ids = prompt_ids[: max_length - 1] + prompt_ids[max_length - 1 :][-1:]
             space = max_completion or max_length
@@ -849,8 +849,8 @@ def load_model(path: str, args: Arguments, device: torch.device, *, trainable: b
         with torch.device("meta"):
             model = kind.from_config(config, dtype=base_dtype, trust_remote_code=args.trust_remote_code)
         model.to_empty(device="cpu").tie_weights()  # this memory is not touched until it is written
-        chosen = source and (source.forward_pass, source.generation_config)
-        model.forward_pass, model.generation_config = from_rank_0(chosen)
+        found = source and (source.forward_pass, source.generation_config)
+        model.forward_pass, model.generation_config = from_rank_0(found)
         if model.forward_pass == "packed":
             model.set_attn_implementation("packed")
     model.original_config, model.adapted, model.router_loss = original_config, adapted, None
