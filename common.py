@@ -322,7 +322,6 @@ def choose_forward_pass(model) -> None:
 FILES = {".json": "json", ".jsonl": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
 # The first of these that a dataset has is used.
 TEST_SPLITS = ["test", "validation", "valid", "dev", "eval", "test_prefs", "test_sft"]
-LIKELY_PROMPTS = ["question", "input", "instruction", "query"]
 NO_PROMPT = "there is no prompt"
 SHORT = reprlib.Repr()  # prints texts in quotes, and long ones without their middle
 SHORT.maxstring = 200
@@ -407,7 +406,7 @@ def read_splits(args: Arguments, columns: tuple) -> dict[str, datasets.Dataset]:
 def tokenize_split(raw: datasets.Dataset, name: str, args: Arguments, tokenizer, columns: tuple) -> tuple:
     """(raw, tokens, lengths) of the rows of a split that can be used; says how many cannot, and why."""
     completions, names = columns[1:], raw.column_names
-    likely = [f" {name}=prompt" for name in LIKELY_PROMPTS if name in names][:1]
+    likely = [f" {x}=prompt" for x in ("question", "input", "instruction", "query") if x in names][:1]
     found = f"found {', '.join(names)}; see --rename_columns{''.join(likely)}"
     if not {*completions} <= {*names} or not {"prompt", "chosen"} & {*names}:
         fail(f"the {name} split needs columns {', '.join(columns)}; {found}")
