@@ -1316,8 +1316,7 @@ def training_state(policy, optimizer, step: int, method_state: dict) -> dict:
     weights, moments = dsd.get_state_dict(policy, optimizer, options=options)
     if policy.adapted:  # otherwise a head that shares the frozen embedding's weights would be saved as well
         weights = {name: w for name, w in weights.items() if "lora_" in name}
-    state = {"model": weights, "optimizer": moments, "step": step, "world": dist.get_world_size()}
-    return state | method_state
+    return {"model": weights, "optimizer": moments, "step": step} | method_state
 
 
 def save_checkpoint(args, policy, optimizer, step: int, method_state: dict, *, interrupted: bool) -> None:
@@ -1357,8 +1356,6 @@ def resume(args: Arguments, policy, optimizer, method_state: dict) -> int:
         parts = {"model_state_dict": state["model"], "optim_state_dict": state["optimizer"]}
         dsd.set_state_dict(policy, optimizer, **parts, options=dsd.StateDictOptions(strict=False))
         say(f"resuming after step {state['step']}, from {folder}")
-        if state["world"] != (world := dist.get_world_size()):
-            say(f"it was saved by {state['world']} processes, not {world}: rounding and samples will differ")
         return state["step"]
     if checkpoints:  # a load that failed may have changed some weights
         fail(f"no checkpoint in {args.output_dir} can be loaded; to start anew, delete it")

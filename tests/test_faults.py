@@ -212,8 +212,7 @@ EIGHT = pytest.param(8, 4, marks=pytest.mark.long)  # as many as the GPUs of a n
 def test_a_run_is_resumed_with_another_number_of_processes(tmp_path, before, after):
     fault = {"where": "clip_grad_norm_", "call": 3, "event": 9, "signal": "SIGKILL", "who": "all"}
     assert run("cpo.py", tmp_path / "b", processes=before, fault=fault)[0] != 0
-    said = succeed("cpo.py", tmp_path / "b", processes=after)
-    assert f"it was saved by {before} processes, not {after}" in said
+    succeed("cpo.py", tmp_path / "b", processes=after)
     runs = uninterrupted("cpo.py", before), tmp_path / "b"
     a, b = (load_file(run / "model.safetensors") for run in runs)
     assert max((a[name] - b[name]).abs().max().item() for name in a) < 1e-5
