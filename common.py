@@ -723,11 +723,11 @@ def say(message: str) -> None:
         tqdm.write(message)
 
 
-def from_rank_0(value):
-    """Rank 0's value, so that all processes decide alike."""
-    box = [value]
-    dist.broadcast_object_list(box)
-    return box[0]
+def gather(value) -> list:
+    """The values of all processes, on all of them. The first one is rank 0's: with it, all decide alike."""
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
 
 
 def start(args: Arguments) -> tuple[int, int, torch.device]:
@@ -849,7 +849,7 @@ def load_model(path: str, args: Arguments, device: torch.device, *, trainable: b
             model = kind.from_config(config, dtype=base_dtype, trust_remote_code=args.trust_remote_code)
         model.to_empty(device="cpu").tie_weights()  # this memory is not touched until it is written
         found = source and (source.forward_pass, source.generation_config)
-        model.forward_pass, model.generation_config = from_rank_0(found)
+        model.forward_pass, model.generation_config = gather(found)[0]
         if model.forward_pass == "packed":
             model.set_attn_implementation("packed")
     model.original_config, model.adapted, model.router_loss = original_config, adapted, None
@@ -1121,9 +1121,7 @@ def decode_answers(tokenizer, prompts: list, answers: list, *, skip_special_toke
 def gather_rows(columns: dict[str, list]) -> list[dict]:
     """Interleave the rows of all processes, rank::world, to one list."""
     mine = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
-    parts = [None] * dist.get_world_size()
-    dist.all_gather_object(parts, mine)
-    return [row for rows in zip(*parts, strict=True) for row in rows]
+    return [row for rows in zip(*gather(mine), strict=True) for row in rows]
 
 
 # -------------------------------------------------------------------------------------------------------- log
@@ -1161,9 +1159,8 @@ class Log:
 
     def all_reduce(self) -> tuple[dict[str, float], bool]:
         """(sums of what all processes added since the last call, whether one of them was told to stop)."""
-        shares = {name: float(value) for name, value in self.shares.items()}
-        self.shares, everyones = {}, [None] * dist.get_world_size()
-        dist.all_gather_object(everyones, shares | {"interrupted": len(self.signals)})
+        shares, self.shares = {name: float(value) for name, value in self.shares.items()}, {}
+        everyones = gather(shares | {"interrupted": len(self.signals)})
         if odd := [other for other in everyones if [*other] != [*everyones[0]]]:
             fail(f"processes log different metrics: {', '.join(everyones[0])} and {', '.join(odd[0])}")
         metrics = {name: sum(other[name] for other in everyones) for name in everyones[0]}
@@ -1344,7 +1341,7 @@ def save_checkpoint(args, policy, optimizer, step: int, method_state: dict, *, i
 
 def resume(args: Arguments, policy, optimizer, method_state: dict) -> int:
     """Load the newest checkpoint in place, and return its step; 0 without one."""
-    checkpoints = from_rank_0(complete_checkpoints(args))
+    checkpoints = gather(complete_checkpoints(args))[0]
     for folder in reversed(checkpoints):
         state = training_state(policy, optimizer, 0, method_state)
         try:

@@ -405,8 +405,7 @@ def answer_lengths(batch: Batch) -> Tensor:
 
 def gather_pairs(logps: Tensor) -> Tensor:
     """Concatenate the (B, 2) of all processes; only this process's own have a gradient."""
-    everyones = [None] * dist.get_world_size()
-    dist.all_gather_object(everyones, logps.detach().cpu())
+    everyones = common.gather(logps.detach().cpu())
     everyones[dist.get_rank()] = logps
     return torch.cat([values.to(logps.device) for values in everyones])
 
@@ -472,7 +471,7 @@ def precompute(reference_logps, train: Data, test: Data | None, batches, args: A
 def reference_table(reference_logps, data: Data, name: str, groups, size: int, args, device) -> Callable:
     """A function of a batch of `data` that looks up what reference_logps says; the table is kept on disk."""
     path = Path(args.output_dir, f"reference_logps_{name}.npy")
-    if not common.from_rank_0(path.exists()):
+    if not common.gather(path.exists())[0]:
         table = torch.zeros(len(data.lengths), 2, dtype=torch.float64, device=device)
         for rows in tqdm(groups, desc=f"reference, {name} split", disable=dist.get_rank() > 0):
             for batch in common.micro_batches(data, rows, size, device):
