@@ -1052,9 +1052,8 @@ def eos_ids(model, tokenizer) -> list[int]:
 def generate(model, tokenizer, prompts: list[list[int]], args: Arguments, images=(), **sampling) -> list:
     """One completion for each prompt: token ids that end in EOS, unless max_new_tokens cut them off."""
     was_training, config, eos = model.training, model.generation_config, eos_ids(model, tokenizer)
-    pad_id = eos[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     decoder_prompt, vision = decoder_prompt_of(model.config), getattr(tokenizer, "vision", None)
-    sampling |= {"eos_token_id": eos, "pad_token_id": pad_id, "max_new_tokens": args.max_new_tokens}
+    sampling |= {"eos_token_id": eos, "pad_token_id": eos[0], "max_new_tokens": args.max_new_tokens}
     sampling |= {"decoder_start_token_id": decoder_prompt[0]} if decoder_prompt else {}
     # A fresh configuration: the checkpoint's temperature, top-k and so on must not change the distribution.
     model.generation_config = transformers.GenerationConfig(**sampling)
@@ -1068,7 +1067,7 @@ def generate(model, tokenizer, prompts: list[list[int]], args: Arguments, images
             rows = shortest_first[start : start + size]
             shown = [image for row in rows for image in images[row]] if images else []
             blank = [vision.blank_prompt] if vision and not shown else []  # as in collate
-            ids, mask = pad([*(prompts[row] for row in rows), *blank], pad_id, side)
+            ids, mask = pad([*(prompts[row] for row in rows), *blank], eos[0], side)
             inputs = {"input_ids": ids.to(model.device), "attention_mask": mask.long().to(model.device)}
             inputs |= vision.inputs(inputs["input_ids"], shown) if vision else {}
             # If weights are gathered at every token, all processes must generate equally many.
