@@ -84,7 +84,7 @@ class PowerDifference(torch.autograd.Function):
 
 
 def log_odds(logps: Tensor) -> Tensor:
-    """log p/(1-p) of p = e^logps, of any shape: exact for p near 1, finite even for a p rounded to 1."""
+    """log p/(1-p) of p = e^logps, of any shape: exact for p near 1, and finite if p was rounded to 1."""
     logps = logps.clamp(max=-torch.finfo(logps.dtype).tiny)
     return logps - (-torch.expm1(logps)).log()
 
@@ -122,8 +122,8 @@ def loss_and_metrics(policy, batch: Batch, args: Arguments) -> tuple[Tensor, dic
     }
     metrics = {name: value / batch.global_pairs for name, value in sums.items()}
     if policy.router_loss is not None:
-        # What balances the load of a mixture of experts is not a sum over pairs; it is the mean over
-        # micro-batches, weighted by their numbers of pairs.
+        # The router loss of a mixture of experts is that of a forward pass, not a sum over pairs. This is its
+        # mean over micro-batches, weighted by their numbers of pairs.
         metrics["aux_loss"] = policy.router_loss * len(logps) / batch.global_pairs
         loss = loss + policy.config.get_text_config().router_aux_loss_coef * metrics["aux_loss"]
     return loss, {"loss": loss, "nll_loss": nll_loss} | metrics

@@ -137,7 +137,7 @@ def collate(
     examples: list[tuple], device, score_prompts=False, decoder_prompt=None, vision=None, images=(), **fields
 ) -> Batch:
     """A Batch of examples (prompt, chosen, rejected) of token ids; `fields` are its last fields."""
-    # All processes must run a sharded model equally often: without examples, on a token that has no label.
+    # All processes must run a sharded model equally often: without examples, on one token without a label.
     # Without images, they run the vision tower on a blank one, in a row that has no label either. Both are in
     # the inputs only, which may have more rows than the labels.
     inputs = examples or [([0], [0])]
@@ -206,15 +206,17 @@ def packed_attention(module, query, key, value, mask, *, lengths=None, **options
     # other completion has its own call, in which the keys and values of the prompt come first.
     if lengths is None:  # an ordinary call, such as one from generate()
         return sdpa_attention_forward(module, query, key, value, mask, **options)
+    if "sliding_window" not in options and getattr(module.config, "sliding_window", None):
+        raise NotImplementedError("its window is only in a mask")  # choose_forward_pass catches this
 
-    def causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # the queries are those of the last keys
+    def causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # the queries belong to the last positions of k
         before, window = k.shape[2] - q.shape[2], options.get("sliding_window") or k.shape[2]
         if before > q.shape[2] or window < k.shape[2]:
             mask = torch.ones(1, 1, q.shape[2], k.shape[2], dtype=torch.bool, device=q.device)
             mask = mask.tril(before).triu(before + 1 - window)
             return sdpa_attention_forward(module, q, k, v, mask, **options)[0]
-        # Zero queries for the prompt make the call plainly causal. That is faster than a mask, if the prompt
-        # is not longer than the completion.
+        # With zero queries in front, for the prompt, `is_causal` applies. That is faster than a mask, if the
+        # prompt is not longer than the completion.
         q = torch.nn.functional.pad(q, (0, 0, before, 0)) if before else q
         return sdpa_attention_forward(module, q, k, v, None, **options | {"is_causal": True})[0][:, before:]
 
@@ -291,7 +293,8 @@ def decoder_prompt_of(config) -> list[int] | None:
 @torch.no_grad()
 def choose_forward_pass(model) -> None:
     """Set model.forward_pass to a fast one if it agrees with plain_token_logps, and otherwise to "padded"."""
-    # Some architectures do not call the attention function, or change hidden states before their head.
+    # Packing is wrong for architectures that do not call packed_attention, or that change the hidden states
+    # before their head.
     examples = [([1, 2, 3, 4, 5], [1, 3, 2], [4, 4, 1, 2, 5, 3]), ([2], [5], [3, 1, 4, 1, 5, 2, 4])]
     decoder_prompt, attention = decoder_prompt_of(model.config), model.config._attn_implementation
     batch = collate(examples, model.device, decoder_prompt=decoder_prompt, global_pairs=2)
@@ -307,11 +310,11 @@ def choose_forward_pass(model) -> None:
         if model.forward_pass == "packed":
             model.set_attn_implementation("packed")
         difference = (token_logps(model, batch) - want).abs().max().item()
-        if not difference < (5e-3 if model.dtype == torch.bfloat16 else 5e-5) * want.abs().max().item():
+        if not difference < (5e-3 if model.dtype.itemsize == 2 else 5e-5) * want.abs().max().item():
             raise ArithmeticError(f"its {model.forward_pass} log-probabilities differ by {difference:.0e}")
         if model.training:  # the policy, so that it is said once
             say(f"log-probabilities: {model.forward_pass} (checked against padded)")
-    except Exception as error:  # whatever an architecture does that nobody foresaw
+    except Exception as error:  # whatever goes wrong, padding works
         model.forward_pass = "padded"
         model.set_attn_implementation(attention)
         name, reason = type(model).__name__, f"{type(error).__name__}: {first_line(error)}"
@@ -434,7 +437,7 @@ def tokenize_split(raw: datasets.Dataset, name: str, args: Arguments, tokenizer,
         say(f"{n} of {len(raw)} rows ({n / len(raw):.1%}) of the {name} split are {note}")
     lengths = [pc.list_value_length(tokens.data.column(column)).to_numpy() for column in columns]
     kept = np.flatnonzero(lengths[0])  # rows that are dropped have no tokens
-    # If most rows lack a prompt, its column has another name; in a few, completions begin alike by chance.
+    # If most rows lack a prompt, its column has another name. In a few, completions begin alike by chance.
     if not len(kept) or notes[f"dropped: {NO_PROMPT}"] > len(raw) / 2:
         reason = max(notes, key=notes.get, default="missing")
         fail(f"most rows of the {name} split are {reason}" + f"; {found}" * reason.endswith(NO_PROMPT))
@@ -457,8 +460,10 @@ def tokenize(row, tokenizer, completions, max_length, room=1, truncate_prompt=Fa
     try:
         prompt, *answers = checked_parts(row, tokenizer, completions)
         whole = parts = encode_row(row, tokenizer, images, prompt, answers)
-        # Completions get what they need, up to half of max_length, and the prompt gets the rest.
-        needed = max(room, min(max_length // 2, max(map(len, whole[1:]), default=0)))
+        # A prompt is cut if completions do not get what they need, up to half of max_length. If they do not
+        # even get an eighth, the row is dropped.
+        longest = max(map(len, whole[1:]), default=0)
+        needed, room = (max(room, min(max_length // n, longest)) for n in (2, 8))
         if truncate_prompt and not images and len(whole[0]) > max_length - needed:
             parts = cut_prompt(row, tokenizer, prompt, answers, whole, max_length - needed)
         prompt_ids, space = parts[0], max_length - len(parts[0])  # for each completion
@@ -499,7 +504,7 @@ def checked_parts(row: dict, tokenizer, completions: list[str]) -> list:
             raise ValueError(f"{name} is empty, or has no message of the assistant")
     if not prompt and not (completions and prompt == row.get("prompt") == ""):
         raise ValueError(NO_PROMPT)
-    # In messages, only the template may write special tokens: an <|im_end|> in a text would end its turn.
+    # Only the template may write special tokens: <|im_end|> in the text of a message would end its turn.
     text = json.dumps([prompt, answers], ensure_ascii=False, default=str) if isinstance(prompt, list) else ""
     if any(token.special and token.content in text for token in tokenizer.added_tokens_decoder.values()):
         raise ValueError("the text of a message spells a special token")
@@ -515,7 +520,7 @@ def encode_row(row: dict, tokenizer, images: list, prompt, answers: list) -> lis
     else:
         prompt_ids = encode(tokenizer, prompt, **template)
         whole = [encode(tokenizer, prompt, y, **template) for y in answers]
-        # A token may span prompt and completion, or depend on what follows: the prompt is what all share.
+        # Tokenizers may merge characters across the boundary. The prompt is the beginning that all share.
         shared = shared_length(prompt_ids, *whole)
         parts = [prompt_ids[:shared], *(ids[shared:] for ids in whole)]
     if not parts[0] and answers and tokenizer.bos_token_id is not None:
@@ -804,7 +809,7 @@ def load_tokenizer(path: str, args: Arguments):
     if has_vision:
         known = known and hasattr(args, "freeze_vision_tower") and config.model_type != "paligemma"
     if not known and (has_vision or not args.trust_remote_code):
-        fail(f"{path} is of type {config.model_type}, not a language model that this script can train")
+        fail(f"{path} is of type {config.model_type}, which this script cannot train")
     if has_vision:
         with one_line(f"cannot use the processor of {base}"):
             tokenizer = Vision(base, config, args).tokenizer
@@ -847,7 +852,7 @@ def load_model(path: str, args: Arguments, device: torch.device, *, trainable: b
     else:  # only rank 0 reads the weights: others would need as much memory. receive_weights distributes them
         with torch.device("meta"):
             model = kind.from_config(config, dtype=base_dtype, trust_remote_code=args.trust_remote_code)
-        model.to_empty(device="cpu").tie_weights()  # this memory is not touched until it is written
+        model.to_empty(device="cpu").tie_weights()  # costs no memory until it is written
         found = source and (source.forward_pass, source.generation_config)
         model.forward_pass, model.generation_config = gather(found)[0]
         if model.forward_pass == "packed":
@@ -948,7 +953,8 @@ def load_adapter(model, name: str, path: str, args: Arguments) -> None:
     with one_line(f"cannot load the adapter {path}"), warnings.catch_warnings(action="ignore"):
         where = {"revision": revision_of(path, args)}
         config = peft.PeftConfig.from_pretrained(path, **where)
-        if config.peft_type != "LORA" or config.bias != "none" or config.modules_to_save:
+        more = config.modules_to_save or config.use_dora or config.trainable_token_indices
+        if config.peft_type != "LORA" or config.bias != "none" or more:
             raise ValueError("it has other weights than LoRA's matrices")
         if os.path.realpath(base := config.base_model_name_or_path) != os.path.realpath(model.name_or_path):
             raise ValueError(f"it belongs to {base}, not to {model.name_or_path}")
@@ -987,7 +993,7 @@ def shard(model, args: Arguments, device: torch.device, *, reshard_after_forward
     axes = {"shard": size} if size == world else {"replicate": world // size, "shard": size}
     mesh = dist.init_device_mesh(device.type, (*axes.values(),), mesh_dim_names=(*axes,))
     options = {"param_dtype": torch.bfloat16, "reduce_dtype": torch.float32} if args.bf16 else {}
-    # FSDP must not cast the inputs of layers: generate() runs without its hooks and would not cast either.
+    # FSDP must not cast the inputs of layers: generate() runs without its hooks, where nothing would be cast.
     precision = MixedPrecisionPolicy(**options, cast_forward_inputs=False)
     # Weights of 4 bits cannot be sharded: every process has copies of them, and of all other frozen weights.
     is_4bit, options = getattr(model, "is_loaded_in_4bit", False), {"mesh": mesh, "mp_policy": precision}
@@ -1061,7 +1067,7 @@ def generate(model, tokenizer, prompts: list[list[int]], args: Arguments, images
     shortest_first = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # so that padding is short
     completions, size = [[] for _ in prompts], args.generation_batch_size
     side = "right" if decoder_prompt else "left"  # left: completions begin in the same column
-    # Layers run uncompiled: their growing cache would make torch.compile start again and again.
+    # Layers run uncompiled: the growing cache of keys and values would make torch.compile start again.
     with gathered(model, args) as full, torch.compiler.set_stance("force_eager"):
         for start in range(0, len(prompts), size):
             rows = shortest_first[start : start + size]
@@ -1070,6 +1076,8 @@ def generate(model, tokenizer, prompts: list[list[int]], args: Arguments, images
             ids, mask = pad([*(prompts[row] for row in rows), *blank], eos[0], side)
             inputs = {"input_ids": ids.to(model.device), "attention_mask": mask.long().to(model.device)}
             inputs |= vision.inputs(inputs["input_ids"], shown) if vision else {}
+            if getattr(model.config, "output_router_logits", False):
+                inputs["output_router_logits"] = False  # with padding, their balance cannot be computed
             # If weights are gathered at every token, all processes must generate equally many.
             output = model.generate(**inputs, synced_gpus=not full)
             output = output[:, 1 if decoder_prompt else ids.shape[1] :].tolist()
@@ -1157,7 +1165,7 @@ class Log:
             self.shares[name] = self.shares.get(name, 0.0) + torch.as_tensor(value).detach().double()
 
     def all_reduce(self) -> tuple[dict[str, float], bool]:
-        """(sums of what all processes added since the last call, whether one of them was told to stop)."""
+        """Sum the metrics over processes and clear them; also, whether one of these was told to stop."""
         shares, self.shares = {name: float(value) for name, value in self.shares.items()}, {}
         everyones = gather(shares | {"interrupted": len(self.signals)})
         if odd := [other for other in everyones if [*other] != [*everyones[0]]]:
@@ -1226,7 +1234,7 @@ class Log:
 
 def reopen(path: Path, first_step: int) -> TextIO:
     """Open a file of JSON lines to append to, after cutting off those that a resumed run will write again."""
-    # A last line without an end was cut off by a kill.
+    # A last line without a newline is incomplete: the process was killed while it wrote.
     lines = path.read_text().split("\n")[:-1] if path.exists() else []
     # A step's own line is written before its checkpoint, an evaluation of that step after it.
     kept = sum(row["step"] < first_step + ("loss" in row) for row in map(json.loads, lines))
@@ -1310,7 +1318,7 @@ def complete_checkpoints(args: Arguments) -> list[Path]:
 def training_state(policy, optimizer, step: int, method_state: dict) -> dict:
     options = dsd.StateDictOptions(ignore_frozen_params=True)
     weights, moments = dsd.get_state_dict(policy, optimizer, options=options)
-    if policy.adapted:  # otherwise a head that shares the frozen embedding's weights would be saved as well
+    if policy.adapted:  # a head that is tied to the frozen embedding would be saved otherwise
         weights = {name: w for name, w in weights.items() if "lora_" in name}
     return {"model": weights, "optimizer": moments, "step": step} | method_state
 
@@ -1323,7 +1331,7 @@ def save_checkpoint(args, policy, optimizer, step: int, method_state: dict, *, i
     with one_line(f"cannot save a checkpoint after step {step} ({free}); earlier ones are intact"):
         if dist.get_rank() == 0:  # one that resume could not load may be there
             (folder / ".metadata").unlink(missing_ok=True)
-        # Without copying ahead: that would copy the whole state to pinned memory of the host first.
+        # Copying ahead would first copy the whole state to pinned memory of the host.
         writer = dcp.FileSystemWriter(folder, per_thread_copy_ahead=0)
         dcp.save(training_state(policy, optimizer, step, method_state), storage_writer=writer)
         if dist.get_rank() == 0:
@@ -1389,7 +1397,8 @@ def save_model(args: Arguments, policy, tokenizer) -> None:
         say(f"finished: {args.output_dir} has the model, metrics.jsonl and completions.jsonl")
         for tool in ("plot", "chat"):
             file = Path(__file__).parent / "tests" / "bench" / f"{tool}.py"
-            say(f"    {tool}: {shlex.join(['python', os.path.relpath(file), args.output_dir])}")
+            if file.exists():  # the scripts may have been copied without it
+                say(f"    {tool}: {shlex.join(['python', os.path.relpath(file), args.output_dir])}")
     dist.barrier()
 
 
@@ -1434,7 +1443,9 @@ class Arguments:
     model_name_or_path: str | None = arg(None, "the policy: a Hub name or a directory [the built-in example]")
     model_revision: str = arg("main", "branch, tag or commit of the model on the Hub")
     trust_remote_code: bool = arg(False, "run the model's code, and load weights not in safetensors")
-    use_peft: bool = arg(False, "train a LoRA adapter; a model that is an adapter is trained on in any case")
+    use_peft: bool = arg(
+        False, "train a LoRA adapter; if the model is one, it is trained further in any case"
+    )
     lora_r: int = arg(16, "rank of the adapter's matrices")
     lora_alpha: int = arg(32, "the adapter's output is scaled by lora_alpha / lora_r")
     lora_dropout: float = arg(0.0, "dropout of the adapter's inputs in training")
@@ -1451,14 +1462,14 @@ class Arguments:
     max_length: int = arg(1024, "tokens of prompt and completion, or, with an encoder, of the prompt")
     max_completion_length: int | None = arg(None, "tokens of a completion, with an encoder [max_length]")
     truncate_prompt: bool = arg(False, "cut the beginning of long prompts; otherwise their rows are dropped")
-    learning_rate: float = arg(1e-6, "peak learning rate of AdamW; with LoRA, ten times the default")
+    learning_rate: float = arg(1e-6, "peak learning rate of AdamW; the default is ten times this with LoRA")
     lr_scheduler_type: Literal["linear", "cosine", "constant"] = arg("linear", "decay after the warm-up")
     # --warmup_ratio is TRL's older name.
     warmup_steps: float = arg(0.1, "linear warm-up; below 1: a share", aliases=["--warmup_ratio"])
     num_train_epochs: float = arg(1.0, "passes over the training pairs")
     max_steps: int = arg(-1, "optimizer steps, if positive, instead of num_train_epochs")
     batch_size: int | None = arg(None, "pairs per optimizer step, over all processes [64]")
-    gradient_accumulation_steps: int | None = arg(None, "instead of batch_size: forward passes per step")
+    gradient_accumulation_steps: int | None = arg(None, "micro-batches per step, which sets batch_size")
     weight_decay: float = arg(0.0, "weight decay of AdamW, on all parameters")
     adam_beta1: float = arg(0.9, "AdamW's decay of the running mean of gradients")
     adam_beta2: float = arg(0.999, "AdamW's decay of the running mean of squared gradients")
@@ -1471,7 +1482,7 @@ class Arguments:
     gradient_checkpointing: bool = arg(False, "recompute activations in the backward pass, to save memory")
     dtype: Literal["float32", "bfloat16", "float64"] = arg("float32", "of the trained weights")
     torch_compile: bool = arg(False, "compile each layer, which takes minutes at the start")
-    sync_gradients_once: bool = arg(False, "reduce gradients once per step, which takes more memory")
+    sync_gradients_once: bool = arg(False, "reduce gradients once per step, for more memory")
     hsdp_shard_size: int | None = arg(None, "shard over so many processes, replicate over the others [all]")
     # Not `bool | None`, for which the parser would not take --bf16 without a value.
     bf16: bool = arg(None, "compute in bfloat16; weights keep their dtype [true on a GPU]")

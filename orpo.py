@@ -1,20 +1,20 @@
 r"""ORPO: Odds Ratio Preference Optimization (Hong et al. 2024, https://arxiv.org/abs/2403.07691) in one file.
 
-Fine-tuning and preference learning in one step, without a reference: a policy π imitates the chosen answer
-y_w of a prompt x, while the odds of y_w grow against those of the rejected answer y_l.
+ORPO learns from instructions and preferences in one stage and needs no reference model. The policy π imitates
+the chosen answer y_w of a prompt x, while the odds of y_w grow against those of the rejected answer y_l.
 
     p(y)    = π(y|x)^(1/|y|)                           the geometric mean of its tokens' probabilities
     odds(y) = p(y) / (1 - p(y))                        eq. 4
-    loss    = NLL - β log σ(log odds(y_w)/odds(y_l))   eq. 6 and 7, where β is called λ; its mean over pairs
+    loss    = NLL - β log σ(log odds(y_w)/odds(y_l))   eq. 6 and 7; the paper writes λ for β
 
-NLL is the mean negative log-probability per token over all prompt and chosen tokens of the batch, as in the
-authors' code by default; --no_prompt_loss leaves the prompts out, as the paper writes it. An encoder–decoder
-model does not predict prompts, so they are not in its NLL either. Differs from the authors' code: sequences
-are packed instead of padded, and log(1 - p) is exact for p near 1.
+|y| counts the tokens of y, with the EOS. The second term is averaged over pairs. NLL is averaged over all
+prompt and chosen tokens of the global batch, which is the default of the authors' code. The paper's equation
+has the chosen tokens only: use --no_prompt_loss. An encoder–decoder model does not predict prompts. Differs
+from the authors' code: sequences are packed instead of padded, and log(1 - p) is exact for p near 1.
 
-What to expect: without a reference, the first loss and accuracy say how well the policy imitates and orders
-the pairs already. In the built-in example, 100 steps take the loss on held-out pairs from 1.15 to 0.22 and
-the accuracy from 0.65 to 1.00.
+What to expect: the first evaluation shows the untrained policy, how well it imitates the chosen answers and
+how often it already prefers them. In the built-in example, 100 steps take the loss on held-out pairs from
+1.15 to 0.22 and the accuracy from 0.65 to 1.00.
 
     python orpo.py                                    the built-in example, about a minute on a laptop
     torchrun --nproc_per_node 8 orpo.py --model_name_or_path Qwen/Qwen2-0.5B-Instruct \
@@ -38,7 +38,7 @@ from common import Batch, Data, arg
 
 
 def orpo_loss(chosen_logps: Tensor, rejected_logps: Tensor) -> Tensor:
-    """Odds ratio losses (B,) of B pairs, from the policy's mean log-probabilities per token (B,), below 0.
+    """The odds ratio loss of each pair (B,), from the mean log-probabilities per token (B,), below 0.
 
     ORPO minimises β times their mean, plus the NLL. Source: eq. 7.
     """
@@ -46,7 +46,7 @@ def orpo_loss(chosen_logps: Tensor, rejected_logps: Tensor) -> Tensor:
 
 
 def log_odds(logps: Tensor) -> Tensor:
-    """log p/(1-p) of p = e^logps, of any shape: exact for p near 1, finite even for a p rounded to 1."""
+    """log p/(1-p) of p = e^logps, of any shape: exact for p near 1, and finite if p was rounded to 1."""
     logps = logps.clamp(max=-torch.finfo(logps.dtype).tiny)
     return logps - (-torch.expm1(logps)).log()
 
@@ -62,7 +62,7 @@ def loss_and_metrics(policy, batch: Batch, args: Arguments) -> tuple[Tensor, dic
     """
     token_logps = policy.token_logps(batch)  # (2B, L): log π of each token of an answer, and of prompts once
     logps = torch.where(batch.completions, token_logps, 0.0).sum(1).view(-1, 2)  # (B, 2): chosen, rejected
-    averages = logps / batch.completions.sum(1).view(-1, 2)  # ORPO's odds are those of the mean over tokens
+    averages = logps / batch.completions.sum(1).view(-1, 2)  # ORPO normalizes by length
     nll, tokens = -logps[:, 0].sum(), batch.global_tokens["chosen"]
     if not args.no_prompt_loss:
         # Prompts and chosen answers. Nothing predicts the first token of a prompt.
@@ -77,7 +77,7 @@ def loss_and_metrics(policy, batch: Batch, args: Arguments) -> tuple[Tensor, dic
     sums = {
         "rewards/chosen": rewards[:, 0].sum(),
         "rewards/rejected": rewards[:, 1].sum(),
-        "rewards/accuracies": (rewards[:, 0] > rewards[:, 1]).sum(),
+        "rewards/accuracies": (averages[:, 0] > averages[:, 1]).sum(),  # also if β is 0
         "rewards/margins": (rewards[:, 0] - rewards[:, 1]).sum(),
         "logps/chosen": logps[:, 0].sum(),
         "logps/rejected": logps[:, 1].sum(),
@@ -86,8 +86,8 @@ def loss_and_metrics(policy, batch: Batch, args: Arguments) -> tuple[Tensor, dic
     }
     metrics = {name: value / batch.global_pairs for name, value in sums.items()}
     if policy.router_loss is not None:
-        # What balances the load of a mixture of experts is not a sum over pairs; it is the mean over
-        # micro-batches, weighted by their numbers of pairs.
+        # The router loss of a mixture of experts is that of a forward pass, not a sum over pairs. This is its
+        # mean over micro-batches, weighted by their numbers of pairs.
         metrics["aux_loss"] = policy.router_loss * len(logps) / batch.global_pairs
         loss = loss + policy.config.get_text_config().router_aux_loss_coef * metrics["aux_loss"]
     return loss, {"loss": loss, "nll_loss": nll_loss} | metrics

@@ -136,8 +136,8 @@ def loss_and_metrics(
     }
     metrics = {name: value / batch.global_pairs for name, value in sums.items()}
     if policy.router_loss is not None:
-        # What balances the load of a mixture of experts is not a sum over pairs; it is the mean over
-        # micro-batches, weighted by their numbers of pairs.
+        # The router loss of a mixture of experts is that of a forward pass, not a sum over pairs. This is its
+        # mean over micro-batches, weighted by their numbers of pairs.
         metrics["aux_loss"] = policy.router_loss * len(logps) / batch.global_pairs
         loss = loss + policy.config.get_text_config().router_aux_loss_coef * metrics["aux_loss"]
     return loss, {"loss": loss} | metrics

@@ -435,6 +435,15 @@ def test_max_length_cuts_the_ends_of_completions(max_length):
         assert row["prompt"] + row["rejected"] == ids("12345abxy z</s>")[:max_length]
 
 
+@pytest.mark.parametrize("length", [1, 20])
+def test_a_prompt_leaves_completions_what_they_need_or_an_eighth(length):
+    completion = "a" * (length - 1)  # and EOS
+    for prompt in range(1, 64):
+        row = tokenize_pair(pair("1" * prompt, completion, "b" * (length - 1)), TOY, 64)
+        is_dropped = 64 - prompt < min(length, 64 // 8) or length == 1  # then both are only EOS
+        assert row["note"].startswith("dropped") == is_dropped, prompt
+
+
 def test_prompts_leave_room_for_the_completions_that_are_sampled(tmp_path):
     prompts, _ = load(write(tmp_path / "a.json", [{"prompt": user("12")}]), completions=(), max_new_tokens=2)
     assert prompts.tokens[:] == {"prompt": [ids("<s>12=")]}

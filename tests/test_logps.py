@@ -5,7 +5,8 @@ from types import MethodType, SimpleNamespace
 
 import pytest
 import torch
-from conftest import ARCHITECTURES, PACKED, batch_of, random_pairs, tiny
+from conftest import ARCHITECTURES, PACKED, SMALL, batch_of, random_pairs, tiny
+from transformers import AutoModelForCausalLM, Qwen2MoeConfig
 
 import common
 import dpo
@@ -274,6 +275,38 @@ def test_a_mixture_of_experts_with_a_router_loss_runs_padded_with_its_own_loss()
     want = model(**batch.inputs, output_router_logits=True).aux_loss
     torch.testing.assert_close(model.router_loss, want, rtol=0, atol=1e-12)
     assert want > 0
+
+
+def test_a_mixture_of_experts_with_a_router_loss_generates_padded_prompts():
+    model, tokenizer = tiny("mixtral", output_router_logits=True), SimpleNamespace(eos_token_id=2)
+    choose_forward_pass(model)
+    args = SimpleNamespace(max_new_tokens=3, generation_batch_size=2, bf16=False)
+    answers = common.generate(model, tokenizer, [[3, 4, 5], [6]], args, do_sample=False)
+    assert answers == [
+        common.generate(model, tokenizer, [p], args, do_sample=False)[0] for p in ([3, 4, 5], [6])
+    ]
+    assert model.config.output_router_logits
+
+
+@pytest.mark.parametrize("window", [None, 40])
+def test_a_model_whose_window_is_only_in_a_mask_is_padded(window, capsys):
+    """Qwen2-MoE does not tell its attention function. The window is longer than the rows of the check."""
+    options = dict(moe_intermediate_size=16, num_experts=4, num_experts_per_tok=2, initializer_range=0.2)
+    options |= dict(use_sliding_window=bool(window), sliding_window=window, max_window_layers=0)
+    config = Qwen2MoeConfig(**SMALL | options)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float64, experts_implementation="eager")
+    choose_forward_pass(model.train())
+    assert model.forward_pass == ("padded" if window else "packed")
+    batch = batch_of(random_pairs(3, 4, low=50, high=60))
+    difference = (token_logps(model, batch) - common.plain_token_logps(model, batch)).abs().max().item()
+    assert difference < 1e-10
+
+
+def test_a_model_in_float16_is_packed():
+    model = tiny("llama", num_hidden_layers=8).half()
+    choose_forward_pass(model)
+    assert model.forward_pass == "packed"
 
 
 @pytest.mark.parametrize("forward_pass", ["packed", "padded"])
