@@ -1565,6 +1565,7 @@ def parse(kind: type[Arguments], **toy) -> Arguments:
     parser.set_defaults(use_peft=is_adapter)
     with one_line("wrong arguments"):
         (args,) = parser.parse_args_into_dataclasses()
+    args.use_peft |= is_adapter  # also with --use_peft false
     words = [word.replace("-", "_") for word in sys.argv]  # the parser also takes --learning-rate
     if args.use_peft and not any(word.startswith("__learning_rate") for word in words):
         # Ten times would be too much for the example's model, of which the adapter is a fifth.

@@ -183,7 +183,7 @@ def test_embeddings_may_have_an_adapter_and_the_base_is_found_from_everywhere(ba
     assert torch.equal(logps(again), logps(policy))
 
 
-def test_training_goes_on_with_an_adapter(tmp_path):
+def test_training_goes_on_with_an_adapter(tmp_path, monkeypatch):
     flags = [*SHORT, "--max_steps", "2"]
     succeed("dpo.py", tmp_path / "a", *flags, "--use_peft", "--lora_dropout", "0.5")
     data = ["--model_name_or_path", str(tmp_path / "a"), "--dataset_name", common.TOY_DATA]
@@ -193,6 +193,8 @@ def test_training_goes_on_with_an_adapter(tmp_path):
     assert first["eval_rewards/chosen"] == 0  # without dropout in both evaluations
     assert first["eval_logps/chosen"] == pytest.approx(last["eval_logps/chosen"], rel=1e-6)
     assert json.loads((tmp_path / "b" / "adapter_config.json").read_text())["r"] == 16
+    args = parse(monkeypatch, "dpo", " ".join([*data, "--use_peft false"]))
+    assert args.use_peft and args.learning_rate == pytest.approx(1e-5)
 
 
 def test_the_initial_adapter_is_a_function_of_the_seed(base):
