@@ -472,7 +472,7 @@ def tokenize(row, tokenizer, completions, max_length, room=1, truncate_prompt=Fa
             space = max_completion or max_length
         if space < room:
             see = "; see --truncate_prompt" * (not truncate_prompt and not images)
-            raise ValueError(f"the prompt leaves no room in max_length {max_length}{see}")
+            raise ValueError(f"the prompt leaves too little room in max_length {max_length}{see}")
         parts = [prompt_ids, *(ids[:space] for ids in parts[1:])]
         if not all(parts):
             raise ValueError("the prompt or a completion has no tokens")

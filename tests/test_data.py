@@ -425,7 +425,7 @@ def test_a_message_that_spells_a_special_token_is_dropped(name, text):
 def test_max_length_cuts_the_ends_of_completions(max_length):
     row = tokenize_pair(pair("12345", "abc", "abxy z"), TOY, max_length)
     if max_length <= 5:
-        assert f"dropped: the prompt leaves no room in max_length {max_length}" in row["note"]
+        assert f"dropped: the prompt leaves too little room in max_length {max_length}" in row["note"]
     elif max_length <= 7:  # "a", "ab"
         assert row["note"].startswith("dropped: the completions are identical")
     else:
@@ -450,8 +450,10 @@ def test_prompts_leave_room_for_the_completions_that_are_sampled(tmp_path):
     row = {"prompt": user("3942")}
     fits = tokenize(row, TOY, (), 16, room=10)
     assert fits["prompt"] == ids("<s>3942=") and not fits["note"]
-    assert "no room in max_length 15" in tokenize(row, TOY, (), 15, room=10)["note"]
-    with pytest.raises(SystemExit, match="most rows of the train split are dropped: .* leaves no room"):
+    assert "too little room in max_length 15" in tokenize(row, TOY, (), 15, room=10)["note"]
+    with pytest.raises(
+        SystemExit, match="most rows of the train split are dropped: .* leaves too little room"
+    ):
         load(tmp_path / "a.json", completions=(), max_new_tokens=12, max_length=15)
 
 
@@ -502,7 +504,7 @@ def test_dropped_pairs_are_counted_and_the_others_keep_what_is_theirs(tmp_path, 
         (
             "1",
             "12.5",
-            "the prompt leaves no room in max_length 8; see --truncate_prompt",
+            "the prompt leaves too little room in max_length 8; see --truncate_prompt",
         ),
         ("1", "12.5", "chosen is empty, or has no message of the assistant"),
         ("2", "25.0", "rejected is empty, or has no message of the assistant"),

@@ -251,7 +251,7 @@ def test_truncate_prompt_keeps_the_system_message_and_the_latest_turns():
     assert prompt(14, system + turns) == prompt(11, system + turns) == "s0u3a4u5a"
     assert prompt(10, system + turns) == "s0u5a"
     assert prompt(9, turns) == "u3a4u5a" and prompt(6, turns) == "u5a"
-    assert "leaves no room" in prompt(3, turns)  # the last turn alone is too long
+    assert "leaves too little room" in prompt(3, turns)  # the last turn alone is too long
 
 
 def test_what_is_cut_is_counted(tmp_path, capsys):
@@ -262,7 +262,7 @@ def test_what_is_cut_is_counted(tmp_path, capsys):
     load(write(tmp_path / "pairs.jsonl", rows), max_length=8)
     said = capsys.readouterr().out
     assert "1 of 4 rows (25.0%) of the train split are cut to fit max_length" in said
-    assert "1 of 4 rows (25.0%) of the train split are dropped: the prompt leaves no room" in said
+    assert "1 of 4 rows (25.0%) of the train split are dropped: the prompt leaves too little room" in said
     load(tmp_path / "pairs.jsonl", max_length=8, truncate_prompt=True)
     said = capsys.readouterr().out
     assert "dropped: the prompt" not in said and "2 of 4 rows (50.0%) of the train split are cut" in said

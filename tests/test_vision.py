@@ -306,7 +306,7 @@ def test_image_tokens_are_prompt_and_too_many_of_them_drop_the_row(folder, tmp_p
     for flags in ({}, {"truncate_prompt": True}):
         tokenizer, data = load(folder, "llava", tmp_path / "train.jsonl", max_length=50, **flags)
         said = capsys.readouterr().out
-        line = "2 of 4 rows (50.0%) of the train split are dropped: the prompt leaves no room in"
+        line = "2 of 4 rows (50.0%) of the train split are dropped: the prompt leaves too little room in"
         assert f"{line} max_length 50\n" in said  # images are never cut
         image = data.vision.processor.image_token_id
         assert [ids.count(image) for ids in data.tokens["prompt"]] == [16, 0]
