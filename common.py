@@ -1077,7 +1077,7 @@ def generate(model, tokenizer, prompts: list[list[int]], args: Arguments, images
             inputs = {"input_ids": ids.to(model.device), "attention_mask": mask.long().to(model.device)}
             inputs |= vision.inputs(inputs["input_ids"], shown) if vision else {}
             if getattr(model.config, "output_router_logits", False):
-                inputs["output_router_logits"] = False  # with padding, their balance cannot be computed
+                inputs["output_router_logits"] = False  # transformers fails to balance padded prompts
             # If weights are gathered at every token, all processes must generate equally many.
             output = model.generate(**inputs, synced_gpus=not full)
             output = output[:, 1 if decoder_prompt else ids.shape[1] :].tolist()
@@ -1165,7 +1165,7 @@ class Log:
             self.shares[name] = self.shares.get(name, 0.0) + torch.as_tensor(value).detach().double()
 
     def all_reduce(self) -> tuple[dict[str, float], bool]:
-        """Sum the metrics over processes and clear them; also, whether one of these was told to stop."""
+        """Sums over all processes of what they added, which start anew; whether one was told to stop."""
         shares, self.shares = {name: float(value) for name, value in self.shares.items()}, {}
         everyones = gather(shares | {"interrupted": len(self.signals)})
         if odd := [other for other in everyones if [*other] != [*everyones[0]]]:
@@ -1443,9 +1443,7 @@ class Arguments:
     model_name_or_path: str | None = arg(None, "the policy: a Hub name or a directory [the built-in example]")
     model_revision: str = arg("main", "branch, tag or commit of the model on the Hub")
     trust_remote_code: bool = arg(False, "run the model's code, and load weights not in safetensors")
-    use_peft: bool = arg(
-        False, "train a LoRA adapter; if the model is one, it is trained further in any case"
-    )
+    use_peft: bool = arg(False, "train a LoRA adapter; a model that is one is trained further in any case")
     lora_r: int = arg(16, "rank of the adapter's matrices")
     lora_alpha: int = arg(32, "the adapter's output is scaled by lora_alpha / lora_r")
     lora_dropout: float = arg(0.0, "dropout of the adapter's inputs in training")
@@ -1482,7 +1480,7 @@ class Arguments:
     gradient_checkpointing: bool = arg(False, "recompute activations in the backward pass, to save memory")
     dtype: Literal["float32", "bfloat16", "float64"] = arg("float32", "of the trained weights")
     torch_compile: bool = arg(False, "compile each layer, which takes minutes at the start")
-    sync_gradients_once: bool = arg(False, "reduce gradients once per step, for more memory")
+    sync_gradients_once: bool = arg(False, "reduce gradients once per step: less traffic, more memory")
     hsdp_shard_size: int | None = arg(None, "shard over so many processes, replicate over the others [all]")
     # Not `bool | None`, for which the parser would not take --bf16 without a value.
     bf16: bool = arg(None, "compute in bfloat16; weights keep their dtype [true on a GPU]")
