@@ -469,7 +469,7 @@ def tokenize(row, tokenizer, completions, max_length, room=1, truncate_prompt=Fa
         prompt_ids, space = parts[0], max_length - len(parts[0])  # for each completion
         if getattr(tokenizer, "decoder_prompt", None):  # for the encoder; its last token, perhaps EOS, stays
             prompt_ids = prompt_ids[: max_length - 1] + prompt_ids[max_length - 1 :][-1:]
-            space = max_completion or max_length
+            space, room = max_completion or max_length, 1
         if space < room:
             see = "; see --truncate_prompt" * (not truncate_prompt and not images)
             raise ValueError(f"the prompt leaves too little room in max_length {max_length}{see}")

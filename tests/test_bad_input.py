@@ -127,7 +127,7 @@ WRONG = [  # method, flags, what is said
         "{model} {data} --max_completion_length 9",
         "--max_completion_length is for models with an encoder",
     ),
-    ("dpo", "--model_name_or_path {dir}/clip --dataset_name {data}", "is of type clip, not a language"),
+    ("dpo", "--model_name_or_path {dir}/clip --dataset_name {data}", "is of type clip, which this script"),
     ("dpo", "--model_name_or_path {dir}/no_eos --dataset_name {data}", "has no EOS token"),
     (
         "dpo",
@@ -137,7 +137,7 @@ WRONG = [  # method, flags, what is said
     (
         "cpo",
         "--model_name_or_path {dir}/vision --dataset_name {data}",
-        "is of type gemma3, not a language",
+        "is of type gemma3, which this script",
     ),
     (
         "dpo",
