@@ -403,7 +403,9 @@ def read_splits(args: Arguments, columns: tuple) -> dict[str, datasets.Dataset]:
         return splits
     size = min(max(64, (n := len(rows)) // 50), 512, n // 5)  # 2%; the same rows in every run
     say(f"no test split: {size} of {n} rows are held out for evaluation; --eval_strategy no trains on all")
-    return rows.train_test_split(size, seed=0) if size else splits
+    order = np.random.default_rng(0).permutation(n)
+    parts = {"train": np.sort(order[size:]), "test": np.sort(order[:size])}
+    return {name: rows.select(part) for name, part in parts.items()} if size else splits
 
 
 def tokenize_split(raw: datasets.Dataset, name: str, args: Arguments, tokenizer, columns: tuple) -> tuple:
@@ -463,14 +465,14 @@ def tokenize(row, tokenizer, completions, max_length, room=1, truncate_prompt=Fa
         # A prompt is cut if completions do not get what they need, up to half of max_length. If they do not
         # even get an eighth, the row is dropped.
         longest = max(map(len, whole[1:]), default=0)
-        needed, room = (max(room, min(max_length // n, longest)) for n in (2, 8))
+        needed, least = max(room, min(max_length // 2, longest)), max(room, min(max_length // 8, longest))
         if truncate_prompt and not images and len(whole[0]) > max_length - needed:
             parts = cut_prompt(row, tokenizer, prompt, answers, whole, max_length - needed)
         prompt_ids, space = parts[0], max_length - len(parts[0])  # for each completion
         if getattr(tokenizer, "decoder_prompt", None):  # for the encoder; its last token, perhaps EOS, stays
             prompt_ids = prompt_ids[: max_length - 1] + prompt_ids[max_length - 1 :][-1:]
-            space, room = max_completion or max_length, 1
-        if space < room:
+            space, least = max_completion or max_length, 1
+        if space < least:
             see = "; see --truncate_prompt" * (not truncate_prompt and not images)
             raise ValueError(f"the prompt leaves too little room in max_length {max_length}{see}")
         parts = [prompt_ids, *(ids[:space] for ids in parts[1:])]
@@ -683,12 +685,12 @@ def micro_batches(data: Data, rows: np.ndarray, size: int, device: torch.device)
     token_counts = dict(zip(data.tokens.column_names, data.lengths[rows].sum(0).tolist(), strict=True))
     if data.decoder_prompt:  # the decoder's own; what the encoder reads is never predicted
         token_counts["prompt"] = len(rows)
-    most = math.ceil(len(rows) / world)
-    for start in range(0, most, size):
+    rows_per_process = math.ceil(len(rows) / world)
+    for start in range(0, rows_per_process, size):
         part = mine[start : start + size]
         examples = list(zip(*data.tokens[part].values(), strict=True))
         options = {"rows": part, "global_pairs": len(rows), "global_tokens": token_counts}
-        options["is_last"] = start + size >= most
+        options["is_last"] = start + size >= rows_per_process
         if data.vision:  # every completion's row has the images of the prompt
             completions = data.lengths.shape[1] - 1
             images = [completions * data.vision.read(data.raw[int(row)]) for row in part]
@@ -1165,7 +1167,7 @@ class Log:
             self.shares[name] = self.shares.get(name, 0.0) + torch.as_tensor(value).detach().double()
 
     def all_reduce(self) -> tuple[dict[str, float], bool]:
-        """Sums over all processes of what they added, which start anew; whether one was told to stop."""
+        """The sums over all processes since the last call, and whether a process was told to stop."""
         shares, self.shares = {name: float(value) for name, value in self.shares.items()}, {}
         everyones = gather(shares | {"interrupted": len(self.signals)})
         if odd := [other for other in everyones if [*other] != [*everyones[0]]]:
@@ -1191,14 +1193,20 @@ class Log:
             fail(f"the gradient was not finite in three steps up to {step + 1}; the checkpoints are intact")
 
     def evaluation_due(self, step: int) -> bool:
-        return step % (self.args.eval_steps or self.steps) == 0 or step == self.steps
+        """Whether an evaluation follows this step; the bar then says so."""
+        is_due = step % (self.args.eval_steps or self.steps) == 0 or step == self.steps
+        if is_due:
+            self.bar.set_description_str("evaluating")
+        return is_due
 
     def evaluation(self, step: int, metrics: dict[str, float], samples: list[dict]) -> None:
         """Write metrics of the test split and completions of test prompts; show what training changed."""
         self.write(step, {f"eval_{name}": value for name, value in metrics.items()}, samples)
-        self.time = time.perf_counter()  # the speed of the next step does not count the evaluation
+        seconds, self.time = time.perf_counter() - self.time, time.perf_counter()
         if not self.is_main:
             return
+        self.bar.set_description_str("", refresh=False)
+        self.bar.start_t += seconds  # neither bar nor pairs_per_second count evaluations
         first = json.loads(Path(self.metrics.name).open().readline())  # the evaluation before training
         rows = map(json.loads, Path(self.completions.name).open())
         greedy = {row["row"]: row["greedy"] for row in rows if row["step"] == 0}
@@ -1266,13 +1274,14 @@ MAY_CHANGE = """output_dir dataset_num_proc logging_steps report_to run_name per
     torch_compile sync_gradients_once hsdp_shard_size save_steps save_total_limit push_to_hub hub_model_id
     traceback""".split()
 LOCKS = []  # held until the process ends; a notebook, which is one process, may start a run again
-FORMAT = {"format": 2, "script": Path(sys.argv[0]).name}  # `format` is that of all files of a run
+# What tells one run from another, besides its arguments. `format` is that of all files of a run.
+RUN = {"format": 2, "script": Path(sys.argv[0]).name}
 
 
 def write_run(args: Arguments, *, finished: bool) -> None:
     """Write run.json, which says what runs in output_dir: after a kill it has its old content or the new."""
     file = Path(args.output_dir, "run.json")
-    file.with_suffix(".tmp").write_text(json.dumps({"finished": finished} | FORMAT | asdict(args), indent=2))
+    file.with_suffix(".tmp").write_text(json.dumps({"finished": finished} | RUN | asdict(args), indent=2))
     file.with_suffix(".tmp").replace(file)
 
 
@@ -1286,7 +1295,7 @@ def check_output_dir(args: Arguments) -> None:
         if any((folder / f"{name}config.json").exists() for name in ("", "adapter_")):
             fail(f"--output_dir {out} has a model, which would be overwritten")
         return
-    old, new = json.loads(file.read_text()), FORMAT | asdict(args)
+    old, new = json.loads(file.read_text()), RUN | asdict(args)
     may_change = MAY_CHANGE + ["data_digest"] * (args.data_digest is None)  # before the data are loaded
     if differ := [name for name in new if name not in may_change and old.get(name) != new[name]]:
         changes = ", ".join(f"{name} {old.get(name)} (now {new[name]})" for name in differ[:3])

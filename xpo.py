@@ -408,9 +408,10 @@ def main(args: Arguments) -> None:
         start = time.perf_counter()
         for i in range(0, len(policy_wins), args.per_device_train_batch_size):
             part = slice(i, i + args.per_device_train_batch_size)
-            batch = common.collate(samples.tokens[part], device, global_pairs=batches.shape[1])
+            counts = {"global_pairs": batches.shape[1], "is_last": part.stop >= len(policy_wins)}
+            batch = common.collate(samples.tokens[part], device, **counts)
             loss, metrics = loss_and_metrics(policy, open_reference, batch, policy_wins[part], args, epoch)
-            policy.set_requires_gradient_sync(part.stop >= len(policy_wins) or not args.sync_gradients_once)
+            policy.set_requires_gradient_sync(batch.is_last or not args.sync_gradients_once)
             (loss * world).backward()  # fully_shard averages gradients over processes; the sum is needed
             log.add(metrics)
         norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), args.max_grad_norm)

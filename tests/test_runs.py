@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, run_script
+from conftest import METHODS, ROOT, run_script
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, LlamaForCausalLM
 
@@ -141,6 +141,19 @@ def test_a_reference_that_was_computed_beforehand_is_freed(tmp_path, monkeypatch
     before = sum(isinstance(each, LlamaForCausalLM) for each in gc.get_objects())
     with pytest.raises(SystemExit, match=f"^{before + 1}$"):
         run_script(monkeypatch, "dpo", f"--precompute_ref_log_probs --max_steps 1 --output_dir {tmp_path}/a")
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_gradients_that_are_reduced_once_train_alike(tmp_path, monkeypatch, method):
+    flags = "--max_steps 2 --batch_size 8 --per_device_train_batch_size 3 --eval_strategy no --dtype float64"
+    for run, flag in (("a", ""), ("b", "--sync_gradients_once")):
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.distributed, "destroy_process_group", lambda: None)
+            run_script(patch, method, f"{flags} {flag} --output_dir {tmp_path / run}")
+    for line, other in zip(metrics_of(tmp_path / "a"), metrics_of(tmp_path / "b"), strict=True):
+        for name in ("loss", "grad_norm"):
+            assert other[name] == pytest.approx(line[name], rel=1e-9)
+        assert line["grad_norm"] > 0
 
 
 def test_before_the_first_step_policy_and_reference_agree_exactly(tmp_path):
