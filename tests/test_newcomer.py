@@ -6,6 +6,7 @@ from pathlib import Path
 
 import datasets
 import pytest
+import torch
 from conftest import METHODS, ROOT, parse, run_script
 from test_data import TOY, answer, ids, load, pair, user, write
 from test_runs import SHORT, last_wins, run, stop, succeed
@@ -423,3 +424,15 @@ def test_a_batch_that_shrank_is_resumed_with_what_was_asked_for(tmp_path):
     assert "batch_size 64 (now 5)" in result.stderr
     metrics = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
     assert [row["epoch"] for row in metrics] == [1, 2]
+
+
+def test_the_bar_says_that_it_evaluates_and_leaves_that_time_out(tmp_path):
+    args = dpo.Arguments("m", dataset_name="d", output_dir=str(tmp_path), eval_steps=2)
+    data = common.Data(None, None, torch.ones(8, 3))
+    log = common.Log(args, 0, torch.zeros(4, 8), data)
+    assert not log.evaluation_due(1) and log.bar.desc == ""
+    assert log.evaluation_due(2) and log.bar.desc == "evaluating"
+    started, log.time = log.bar.start_t, log.time - 100
+    log.evaluation(2, {"loss": 1.0}, [])
+    assert log.bar.desc == "" and log.bar.start_t == pytest.approx(started + 100, abs=5)
+    log.close()
