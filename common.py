@@ -46,6 +46,7 @@ import transformers
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.nn.attention.varlen import varlen_attn
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils._pytree import tree_map_only
 from tqdm import tqdm
@@ -86,7 +87,7 @@ class Batch:
     # The same tokens for the fast forward pass, from `pack`; None with an encoder, and with images.
     packed_inputs: dict[str, Tensor] | None = None
     packed_index: Tensor | None = None
-    packed_lengths: list[list[int]] | None = None
+    packed_lengths: list[list[int]] | None = None  # of attention: see packed_attention
     global_tokens: dict[str, int] | None = None  # tokens in the global batch: of prompts, chosen, rejected
     rows: np.ndarray | None = None  # (B,) row numbers of the pairs in the dataset
     is_last: bool = True  # whether it is this process's last part of the global batch
@@ -185,25 +186,31 @@ def pack(inputs: dict[str, Tensor], prompt_ends: Tensor, scored: Tensor, k: int)
     ids, is_token = inputs["input_ids"], inputs["attention_mask"].bool()  # (2B, L)
     columns = torch.arange(ids.shape[1]).expand_as(ids)
     kept = is_token & (columns >= prompt_ends)
-    lengths = torch.cat([prompt_ends[::k], kept.sum(1).view(-1, k)], dim=1)
     kept[::k] = is_token[::k]  # a prompt comes from the first of its rows
     places = kept.flatten().cumsum(0).view_as(kept) - 1  # (2B, L): where in the row the tokens of a batch are
     places = torch.where(columns < prompt_ends, places[::k].repeat_interleave(k, 0), places)
+    # In attention, the tokens that come from a row of the batch are queries, and all its tokens are keys. A
+    # completion of one token is only a label: its row has no queries.
+    lengths = torch.stack([kept.sum(1), is_token.sum(1)])[:, kept.any(1)]  # (2, S)
+    keys = places[is_token & kept.any(1, keepdim=True)]  # (K,)
     # packed_attention ignores this mask. Without one, transformers would make one of T * T entries.
     mask = torch.ones(1, 1, 1, 1, dtype=torch.bool)
     row = {"input_ids": ids[kept][None], "position_ids": columns[kept][None], "attention_mask": mask}
+    ends = torch.nn.functional.pad(lengths.cumsum(1), (1, 0)).int()  # (2, S + 1), from 0
     return {
-        "packed_inputs": row,  # (1, T)
-        "packed_lengths": lengths.tolist(),  # of each pair: tokens of prompt, chosen, rejected in the row
+        "packed_inputs": row | {"keys": keys, "ends": ends},  # the first two are (1, T)
+        "packed_lengths": lengths.tolist(),
         "packed_index": places[: len(scored)][scored],  # (N,) places in the row that predict these labels
     }
 
 
-@torch.compiler.disable  # it is a loop over pairs, and would be compiled anew for every number of them
-def packed_attention(module, query, key, value, mask, *, lengths=None, **options):
-    """Attention within each prompt and completion of the row: (1, heads, T, size) -> (1, T, heads, size)."""
-    # A completion attends to its prompt and to itself. Prompt and first completion are one causal call. Every
-    # other completion has its own call, in which the keys and values of the prompt come first.
+@torch.compiler.disable  # it is a loop over rows, and would be compiled anew for every number of them
+def packed_attention(module, query, key, value, mask, *, lengths=None, keys=None, ends=None, **options):
+    """Attention within each prompt and completion of the row: (1, heads, T, size) -> (1, T, heads, size).
+
+    `lengths` are the numbers of queries and of keys of each causal call. `keys` are the places of all keys in
+    the row: those of a prompt come once for each of its completions.
+    """
     if lengths is None:  # an ordinary call, such as one from generate()
         return sdpa_attention_forward(module, query, key, value, mask, **options)
     if "sliding_window" not in options and getattr(module.config, "sliding_window", None):
@@ -220,18 +227,23 @@ def packed_attention(module, query, key, value, mask, *, lengths=None, **options
         q = torch.nn.functional.pad(q, (0, 0, before, 0)) if before else q
         return sdpa_attention_forward(module, q, k, v, None, **options | {"is_causal": True})[0][:, before:]
 
-    results = []
-    lengths = lengths.tolist()  # of a tensor on the CPU, so this does not wait for the GPU
-    sizes = [size for prompt, first, *others in lengths for size in (prompt + first, *others)]
-    parts = zip(*(x.split(sizes, dim=2) for x in (query, key, value)), strict=True)
-    for prompt, _, *others in lengths:
-        q, *first_kv = next(parts)
-        results.append(causal(q, *first_kv))
-        for length, (q, *kv) in zip(others, parts, strict=False):
-            if length:  # a completion of one token is only a label
-                kv = [torch.cat([x[:, :, :prompt], y], dim=2) for x, y in zip(first_kv, kv, strict=True)]
-                results.append(causal(q, *kv))
-    return torch.cat(results, dim=1), None
+    of_queries, of_keys = lengths.tolist()  # of a tensor on the CPU, so this does not wait for the GPU
+    parts = [x.index_select(2, keys).split(of_keys, dim=2) for x in (key, value)]
+    parts = zip(query.split(of_queries, dim=2), *parts, strict=True)
+    return torch.cat([causal(*part) for part in parts], dim=1), None
+
+
+@torch.compiler.disable
+def varlen_attention(module, query, key, value, mask, *, lengths=None, keys=None, ends=None, **options):
+    """What packed_attention returns, from one call of flash attention: on a GPU, and in 16 bits only."""
+    if lengths is None:
+        return sdpa_attention_forward(module, query, key, value, mask, **options)
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # (T, heads, size)
+    k, v = (x.index_select(0, keys).repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+    # Flash attention, too, has the queries at the last positions. With -1, they see all keys before them.
+    before = (options.get("sliding_window") or 0) - 1
+    how = {"scale": options.get("scaling"), "window_size": (before, 0)}
+    return varlen_attn(q, k, v, *ends, *lengths.amax(1).tolist(), **how)[None], None
 
 
 # At most this many tokens, and this many logits, go through the head at once.
@@ -280,8 +292,9 @@ def wide_product(a: Tensor, b: Tensor) -> Tensor:
     return a.to(dtype) @ b.to(dtype)
 
 
-AttentionInterface.register("packed", packed_attention)
-AttentionMaskInterface.register("packed", sdpa_mask)  # ordinary calls get their padding and window masks
+for name, function in {"packed": packed_attention, "varlen": varlen_attention}.items():
+    AttentionInterface.register(name, function)
+    AttentionMaskInterface.register(name, sdpa_mask)  # ordinary calls get their padding and window masks
 
 
 def decoder_prompt_of(config) -> list[int] | None:
@@ -743,6 +756,8 @@ def start(args: Arguments) -> tuple[int, int, torch.device]:
     device = prepare_cuda() if torch.cuda.is_available() else torch.device("cpu")
     if args.bf16 is None:
         args.bf16 = device.type == "cuda" and args.dtype != "float64"
+    if args.varlen_attention and not (args.bf16 and device.type == "cuda"):
+        fail("--varlen_attention needs a GPU and --bf16")
     check_output_dir(args)
     if args.push_to_hub:
         with one_line("--push_to_hub"):  # fail now, not after training, if nothing could be uploaded
@@ -859,6 +874,10 @@ def load_model(path: str, args: Arguments, device: torch.device, *, trainable: b
         model.forward_pass, model.generation_config = gather(found)[0]
         if model.forward_pass == "packed":
             model.set_attn_implementation("packed")
+    if args.varlen_attention:
+        if model.forward_pass != "packed":
+            fail(f"--varlen_attention is for models that can be packed, and {path} cannot")
+        model.set_attn_implementation("varlen")
     model.original_config, model.adapted, model.router_loss = original_config, adapted, None
     if trainable and args.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -1271,8 +1290,8 @@ def open_tracker(args: Arguments):
 # What may differ on resume; batch sizes of a process change rounding, and so perhaps what is sampled.
 MAY_CHANGE = """output_dir dataset_num_proc logging_steps report_to run_name per_device_train_batch_size
     per_device_eval_batch_size generation_batch_size gradient_accumulation_steps gradient_checkpointing
-    torch_compile sync_gradients_once hsdp_shard_size save_steps save_total_limit push_to_hub hub_model_id
-    traceback""".split()
+    torch_compile varlen_attention sync_gradients_once hsdp_shard_size save_steps save_total_limit
+    push_to_hub hub_model_id traceback""".split()
 LOCKS = []  # held until the process ends; a notebook, which is one process, may start a run again
 # What tells one run from another, besides its arguments. `format` is that of all files of a run.
 RUN = {"format": 2, "script": Path(sys.argv[0]).name}
@@ -1489,6 +1508,7 @@ class Arguments:
     gradient_checkpointing: bool = arg(False, "recompute activations in the backward pass, to save memory")
     dtype: Literal["float32", "bfloat16", "float64"] = arg("float32", "of the trained weights")
     torch_compile: bool = arg(False, "compile each layer, which takes minutes at the start")
+    varlen_attention: bool = arg(False, "one call of flash attention per layer, on a GPU; has not run on one")
     sync_gradients_once: bool = arg(False, "reduce gradients once per step: less traffic, more memory")
     hsdp_shard_size: int | None = arg(None, "shard over so many processes, replicate over the others [all]")
     # Not `bool | None`, for which the parser would not take --bf16 without a value.

@@ -91,6 +91,7 @@ WRONG = [  # method, flags, what is said
         "nowhere.py is no such file",
     ),
     ("xpo", "--judge nowhere.py:judge", "nowhere.py is no such file"),
+    ("cpo", "--varlen_attention", "--varlen_attention needs a GPU and --bf16"),
     ("cpo", "--hsdp_shard_size 2", "hsdp_shard_size 2 does not divide the 1 processes"),
     ("xpo", "--judge {dir}/judge.py:g", "missing a required argument: 'b'"),
     ("xpo", "--judge pair_rm --reward_model_path m", "give one of --reward_model_path and --judge"),

@@ -296,15 +296,15 @@ def test_the_table_of_a_gpu_goes_on_where_it_ended(monkeypatch, capsys, tmp_path
     first = table(monkeypatch, capsys, f"{flags} --minutes 0")
     assert calls == [("dpo", "0.5b", ("ours", "best"), False)]
     row = "| 0.5b | DPO | chat | best | 0.500 | 1.00 | 16.00 | 25.0 | 1.0 |"
-    assert row in first and first[-1].startswith("21 of 23 rows are missing")
+    assert row in first and first[-1].startswith("27 of 29 rows are missing")
     works = 3
     lines = table(monkeypatch, capsys, flags)
-    assert len([line for line in lines if line.startswith(("| 0.5b", "| 1.5b"))]) == 23
+    assert len([line for line in lines if line.startswith(("| 0.5b", "| 1.5b"))]) == 29
     assert not any("missing" in line for line in lines) and "a GPU; attention kernel: flash" in lines
-    apart = [("dpo", "1.5b", (name,), False) for name in ("ours", "best", "compiled")]
-    assert calls[1] == calls[0] and calls[3:6] == apart and calls[6][-1] and len(calls) == 10
+    apart = [("dpo", "1.5b", (name,), False) for name in ("ours", "best", "compiled", "varlen")]
+    assert calls[1] == calls[0] and calls[4:8] == apart and calls[8][-1] and len(calls) == 12
     table(monkeypatch, capsys, flags)
-    assert len(calls) == 10
+    assert len(calls) == 12
 
 
 def test_lora_has_rows_of_its_own_in_the_table_against_trl(monkeypatch, capsys, tmp_path):

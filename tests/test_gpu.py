@@ -69,6 +69,23 @@ def test_packed_is_plain_up_to_the_rounding_of_bfloat16(report, base):
     assert errors["packed"] < 1.2 * errors["padded"] < 0.1
 
 
+@pytest.mark.parametrize("window", [None, 60])
+def test_attention_in_one_call_is_that_in_a_call_for_each_row(base, window):
+    model, _ = load(base)
+    assert model.forward_pass == "packed"
+    for layer in model.model.layers:
+        layer.self_attn.sliding_window = window
+    grads, values, batch = [], [], on_gpu(random_pairs(4, 8, low=1, high=300))
+    for name in ("packed", "varlen"):
+        model.set_attn_implementation(name)
+        values.append(model.token_logps(batch))
+        values[-1].mean().backward()
+        grads.append(torch.cat([p.grad.full_tensor().flatten() for p in model.parameters()]))
+        model.zero_grad()
+    assert (values[0] - values[1]).abs().mean() < 0.02
+    assert (grads[0] - grads[1]).norm() < 0.03 * grads[0].norm()
+
+
 def test_attention_runs_a_flash_kernel(report, base):
     model, _ = load(base)
     batch = on_gpu(random_pairs(1, 4, low=50, high=200))

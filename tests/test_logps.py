@@ -106,7 +106,9 @@ def test_the_batch_is_the_picture_of_its_docstring():
     assert batch.completions.int().tolist() == [[0, 1, 1, 1], [0, 1, 1, 0], [1, 1, 0, 0], [1, 1, 1, 0]]
     assert batch.packed_inputs["input_ids"].tolist() == [[p1, p2, c1, c2, r1, q1, c1, r1, r2]]
     assert batch.packed_inputs["position_ids"].tolist() == [[0, 1, 2, 3, 2, 0, 1, 1, 2]]
-    assert batch.packed_lengths == [[2, 2, 1], [1, 1, 2]]
+    assert batch.packed_lengths == [[4, 1, 2, 2], [4, 3, 2, 3]]  # tokens of each row in the row, and before
+    assert batch.packed_inputs["keys"].tolist() == [0, 1, 2, 3, 0, 1, 4, 5, 6, 5, 7, 8]
+    assert batch.packed_inputs["ends"].tolist() == [[0, 4, 5, 7, 9], [0, 4, 7, 9, 12]]
 
 
 @pytest.mark.parametrize("forward_pass", ["packed", "padded"])
@@ -151,6 +153,61 @@ def test_no_mask_over_the_whole_row_is_made(kind, monkeypatch):
     monkeypatch.setitem(common.AttentionInterface._global_mapping, "packed", attention)
     token_logps(model, batch)
     assert len(masks) == 2 and all(mask is None or mask.numel() == 1 for mask in masks)
+
+
+def flash_attention(q, k, v, ends_q, ends_k, max_q, max_k, *, scale, window_size):
+    """What varlen_attn computes on a GPU: queries (T, heads, size) are the last positions of their keys."""
+    results, (before, after) = [], window_size
+    assert ends_q.dtype == ends_k.dtype == torch.int32 and (ends_q[-1], ends_k[-1]) == (len(q), len(k))
+    assert (max_q, max_k) == (ends_q.diff().max(), ends_k.diff().max()) and after == 0
+    assert (ends_q.diff() > 0).all() and k.shape == v.shape and k.shape[1:] == q.shape[1:]
+    for i in range(len(ends_q) - 1):
+        x, y, z = (a[ends[i] : ends[i + 1]] for a, ends in ((q, ends_q), (k, ends_k), (v, ends_k)))
+        at, of = torch.arange(len(x))[:, None] + len(y) - len(x), torch.arange(len(y))
+        seen = (of <= at) & ((of >= at - before) | (before < 0))
+        scores = torch.einsum("qhd,khd->hqk", x, y) * scale
+        weights = scores.masked_fill(~seen, -torch.inf).softmax(-1)
+        results.append(torch.einsum("hqk,khd->qhd", weights, z))
+    return torch.cat(results)
+
+
+@pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2"])
+def test_attention_in_one_call_is_that_in_a_call_for_each_row(kind, monkeypatch):
+    """With shared prompts, windows, and fewer heads of keys; a completion of one token has no queries."""
+    calls, of_torch = [], common.varlen_attn
+
+    def attention(q, k, v, *rest, **options):
+        calls.append(rest)
+        shapes = (x.to("meta", torch.bfloat16) for x in (q, k, v))  # torch's own takes these arguments
+        ends = (x.to("meta") for x in rest[:2])
+        assert of_torch(*shapes, *ends, *rest[2:], **options).shape == q.shape
+        return flash_attention(q, k, v, *rest, **options)
+
+    monkeypatch.setattr(common, "varlen_attn", attention)
+    model, pairs = (
+        tiny(kind),
+        [*random_pairs(4, 3), ([3, 4], [5], [6, 7]), ([3, 4], [5, 6], [7]), ([3], [5], [6])],
+    )
+    choose_forward_pass(model)
+    assert model.forward_pass == "packed" and not calls
+    batch = batch_of(pairs, score_prompts=True)
+    want = token_logps(model, batch)
+    want_gradient = gradient(model, want.flatten())
+    model.set_attn_implementation("varlen")
+    got = token_logps(model, batch)
+    assert len(calls) == model.config.num_hidden_layers
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-12)
+    torch.testing.assert_close(gradient(model, got.flatten()), want_gradient, rtol=0, atol=1e-11)
+    model.generate(torch.tensor([[5, 6]]), max_new_tokens=3, do_sample=False)
+    assert len(calls) == model.config.num_hidden_layers  # generation does without
+    assert token_logps(model, batch_of([])).shape[0] == 0
+
+
+def test_attention_in_one_call_is_refused_where_nothing_is_packed(tmp_path, capsys):
+    tiny("gemma2").save_pretrained(tmp_path)
+    args = common.Arguments(str(tmp_path), varlen_attention=True)
+    with pytest.raises(SystemExit, match="--varlen_attention is for models that can be packed"):
+        common.load_model(str(tmp_path), args, torch.device("cpu"), trainable=True)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

@@ -150,14 +150,15 @@ def packed(folder: Path) -> None:
     tokens = [words[i] for i in batch.packed_inputs["input_ids"][0]]
     predictions = list(zip(batch.packed_index, batch.labels[*batch.padded_index], strict=True))
     colors = []
-    for lengths in batch.packed_lengths:
+    for parts in examples:
+        lengths = len(parts[0]), *(len(completion) - 1 for completion in parts[1:])
         for color, length in zip(KINDS.values(), lengths, strict=True):
             colors += [color] * length
     # Queries and keys are 0, so the result for a token is the mean of all values that it attends to.
     zeros, values = torch.zeros(1, 1, len(tokens), len(tokens)), torch.eye(len(tokens))[None, None]
     module = SimpleNamespace(is_causal=True)
-    lengths = torch.tensor(batch.packed_lengths)
-    means, _ = packed_attention(module, zeros, zeros, values, None, lengths=lengths)  # (1, T, 1, T)
+    options = {"lengths": torch.tensor(batch.packed_lengths), "keys": batch.packed_inputs["keys"]}
+    means, _ = packed_attention(module, zeros, zeros, values, None, **options)  # (1, T, 1, T)
 
     title = "Two pairs are one row of tokens: each completion attends to its own prompt and to itself only."
     figure, (axes,) = panels(title, height=6.6)

@@ -10,6 +10,7 @@ release with an XPO trainer. The contestants:
     ours      our defaults
     lean      ours with gradient checkpointing
     compiled  ours with --torch_compile
+    varlen    ours with --varlen_attention, on a GPU only
     trl       TRL's defaults: gradient checkpointing, pairs of a micro-batch in random order
     fast      TRL without gradient checkpointing
     best      the same, pairs of similar length together, and on CPUs, too, the head only where it is needed
@@ -65,7 +66,7 @@ SIZES = {  # the head has a quarter of the weights in the first two, and 15% in 
 # Tokens of prompt and completion, on average and at most: as in UltraFeedback, in summarisation, in fiction.
 LENGTHS = {"chat": (190, 512, 280, 512), "summary": (700, 896, 60, 128), "story": (30, 128, 600, 896)}
 METHODS = ["dpo", "precomputed", "cpo", "simpo", "orpo", "xpo", "generation"]
-OURS, TRL = ("ours", "lean", "compiled"), ("trl", "fast", "best")
+OURS, TRL = ("ours", "lean", "compiled", "varlen"), ("trl", "fast", "best")
 # FLOP/s of products of dense bfloat16 matrices, from the data sheets. The first is the SXM version.
 PEAK = {"NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H200": 989e12}
 PEAK |= {"NVIDIA A100-SXM4-40GB": 312e12, "NVIDIA A100-SXM4-80GB": 312e12}
@@ -140,6 +141,7 @@ class Contestant:
             max_new_tokens=NEW_TOKENS,
             gradient_checkpointing=self.name == "lean",
             torch_compile=self.name == "compiled",
+            varlen_attention=self.name == "varlen",
             bf16=DEVICE.type == "cuda",
             **options,
         )

@@ -144,13 +144,13 @@ def against_trl(args) -> None:
 def gpu_parts(args) -> Iterator[tuple]:
     """Of each process: method, size, lengths, what is special, flags for that, and contestants.
 
-    The most important come first. At 1.5b, two contestants do not fit into 80 GB. The compiled one is always
-    alone, so that the others are measured if it fails.
+    The most important come first. At 1.5b, two contestants do not fit into 80 GB. The compiled one and varlen
+    are always alone, so that the others are measured if they fail.
     """
     sizes = [args.model] if args.model else ["0.5b", "1.5b"]
     for size in sizes:
         apart = [("ours",), ("best",)] if size == "1.5b" else [("ours", "best")]
-        for names in (*apart, ("compiled",)):
+        for names in (*apart, ("compiled",), ("varlen",)):
             yield "dpo", size, args.lengths, "", (), names
     first = sizes[0]
     yield "dpo", first, ["chat"], " lora", ("--lora",), ("ours", "best")
@@ -326,7 +326,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="*", choices=TITLES, default=[*TITLES], help="of trl and gpu")
     parser.add_argument("--xpo", help="of trl: the Python of an environment with TRL 1.13")
     parser.add_argument("--lora", action="store_true", help="of trl: train adapters")
-    names = ("ours", "compiled", "best")
+    names = ("ours", "compiled", "varlen", "best")
     parser.add_argument("--names", nargs="*", choices=names, default=names, help="contestants of gpu")
     parser.add_argument("--model", choices=GPU_PAIRS, help="of gpu [0.5b and 1.5b]")
     parser.add_argument("--results", type=Path, help="folder for the gpu.json of gpu [this file's]")
