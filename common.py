@@ -246,16 +246,18 @@ def varlen_attention(module, query, key, value, mask, *, lengths=None, keys=None
     return varlen_attn(q, k, v, *ends, *lengths.amax(1).tolist(), **how)[None], None
 
 
-# At most this many tokens, and this many logits, go through the head at once.
+# At most this many tokens, and this many logits, go through the head at once. Of a batch with no more logits
+# in all, they are kept for the backward pass.
 CHUNK_TOKENS, CHUNK_LOGITS = 1024, 2**26
 
 
 class ChunkedHead(torch.autograd.Function):
-    """of(hidden @ weight.T, labels), without keeping the logits; without a weight, of(hidden, labels).
+    """of(hidden @ weight.T, labels) for less memory; without a weight, of(hidden, labels).
 
-    The logits (N, V) are made for one chunk of tokens at a time, and again in the backward pass. They are in
-    float32, and the weight's gradient is accumulated in float32: logits in bfloat16 would change a
-    log-probability by about 0.01, and accumulating in bfloat16 would change the gradient by about 1%.
+    The logits (N, V) are made for one chunk of tokens at a time. Unless there are few, they are not kept, but
+    made again in the backward pass. They are in float32, and the weight's gradient is accumulated in float32:
+    logits in bfloat16 would change a log-probability by about 0.01, and accumulating in bfloat16 would change
+    the gradient by about 1%.
     """
 
     @staticmethod
@@ -263,8 +265,12 @@ class ChunkedHead(torch.autograd.Function):
         vocabulary = hidden.shape[1] if weight is None else len(weight)
         ctx.size, ctx.of = max(1, min(CHUNK_TOKENS, CHUNK_LOGITS // vocabulary)), of
         ctx.save_for_backward(hidden, weight, labels)
-        chunks = zip(hidden.split(ctx.size), labels.split(ctx.size), strict=True)
-        return torch.cat([of(h if weight is None else wide_product(h, weight.T), y) for h, y in chunks])
+        chunks = [*zip(hidden.split(ctx.size), labels.split(ctx.size), strict=True)]
+        ctx.kept = [None] * len(chunks)
+        if any(ctx.needs_input_grad) and len(hidden) * vocabulary <= CHUNK_LOGITS:
+            ctx.kept = [logits_and_values(h, weight, y, of) for h, y in chunks]
+            return torch.cat([values.detach() for _, values in ctx.kept])
+        return torch.cat([logits_and_values(h, weight, y, of)[1].detach() for h, y in chunks])
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple:
@@ -273,15 +279,21 @@ class ChunkedHead(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             weight_grad = torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32))
         chunks = zip(*(x.split(ctx.size) for x in (hidden, hidden_grad, labels, grad)), strict=True)
-        for h, h_grad, y, values_grad in chunks:
-            logits = (h if weight is None else wide_product(h, weight.T)).detach().requires_grad_()
-            with torch.enable_grad():
-                values = ctx.of(logits, y)
+        for i, (h, h_grad, y, values_grad) in enumerate(chunks):
+            logits, values = ctx.kept[i] or logits_and_values(h, weight, y, ctx.of)
+            ctx.kept[i] = None  # one chunk less in memory
             logits_grad = torch.autograd.grad(values, logits, values_grad)[0].to(h.dtype)
             h_grad.copy_(logits_grad if weight is None else logits_grad @ weight)  # a part of hidden_grad
             if weight_grad is not None:
                 weight_grad += wide_product(logits_grad.T, h)
         return hidden_grad, weight_grad, None, None
+
+
+def logits_and_values(hidden: Tensor, weight: Tensor | None, labels: Tensor, of) -> tuple[Tensor, Tensor]:
+    """The logits, from which a gradient can be taken, and of(logits, labels)."""
+    logits = (hidden if weight is None else wide_product(hidden, weight.T)).detach().requires_grad_()
+    with torch.enable_grad():
+        return logits, of(logits, labels)
 
 
 def wide_product(a: Tensor, b: Tensor) -> Tensor:

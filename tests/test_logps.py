@@ -237,6 +237,26 @@ def test_chunk_size_changes_nothing(size, monkeypatch):
     torch.testing.assert_close(gradient(model, got), want_gradient, rtol=0, atol=1e-11)
 
 
+@pytest.mark.parametrize("few", [True, False])
+def test_few_logits_are_kept_and_others_made_again(few, monkeypatch):
+    """The head's product: 100 tokens in chunks of ten. A second backward pass makes the logits again."""
+    hidden, weight = torch.randn(100, 8, requires_grad=True), torch.randn(50, 8, requires_grad=True)
+    labels, products = torch.randint(50, (100,)), []
+    monkeypatch.setattr(common, "CHUNK_LOGITS", 100 * 50 if few else 100 * 50 - 1)
+    monkeypatch.setattr(common, "CHUNK_TOKENS", 10)
+    product = common.wide_product
+    monkeypatch.setattr(common, "wide_product", lambda a, b: products.append(b.shape) or product(a, b))
+    want = torch.autograd.grad((hidden @ weight.T).log_softmax(1)[torch.arange(100), labels].sum(), weight)
+    logps = common.ChunkedHead.apply(hidden, weight, labels, common.label_logps)
+    for times in (1 if few else 2, 2 if few else 3):
+        torch.testing.assert_close(torch.autograd.grad(logps.sum(), weight, retain_graph=True), want)
+        assert products.count((8, 50)) == 10 * times
+    products.clear()
+    with torch.no_grad():
+        assert not common.ChunkedHead.apply(hidden, weight, labels, common.label_logps).requires_grad
+    assert products == 10 * [(8, 50)]
+
+
 def test_logits_and_the_heads_gradient_are_not_rounded_to_bfloat16(monkeypatch):
     """A thousand tokens in chunks of ten: rounding would be seen in the fourth digit, and in the sum."""
     monkeypatch.undo()  # this test is of float32
