@@ -25,6 +25,7 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, fields
 from datetime import timedelta
@@ -711,7 +712,8 @@ def micro_batches(data: Data, rows: np.ndarray, size: int, device: torch.device)
     if data.decoder_prompt:  # the decoder's own; what the encoder reads is never predicted
         token_counts["prompt"] = len(rows)
     rows_per_process = math.ceil(len(rows) / world)
-    for start in range(0, rows_per_process, size):
+
+    def batch_from(start: int) -> Batch:
         part = mine[start : start + size]
         examples = list(zip(*data.tokens[part].values(), strict=True))
         options = {"rows": part, "global_pairs": len(rows), "global_tokens": token_counts}
@@ -720,7 +722,20 @@ def micro_batches(data: Data, rows: np.ndarray, size: int, device: torch.device)
             completions = data.lengths.shape[1] - 1
             images = [completions * data.vision.read(data.raw[int(row)]) for row in part]
             options |= {"vision": data.vision, "images": sum(images, [])}
-        yield collate(examples, device, data.score_prompts, data.decoder_prompt, **options)
+        return collate(examples, device, data.score_prompts, data.decoder_prompt, **options)
+
+    batches = map(batch_from, range(0, rows_per_process, size))
+    yield from look_ahead(batches, device) if data.vision else batches
+
+
+def look_ahead(items: Iterator, device: torch.device) -> Iterator:
+    """The items, each made by a thread while the one before it is used: making pixels takes long."""
+    begin = partial(torch.cuda.set_device, device) if device.type == "cuda" else None
+    with ThreadPoolExecutor(1, initializer=begin) as thread:
+        following = thread.submit(next, items, None)
+        while (item := following.result()) is not None:
+            following = thread.submit(next, items, None)
+            yield item
 
 
 # --------------------------------------------------------------------------------------- processes and models

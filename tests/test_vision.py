@@ -5,6 +5,7 @@ import os
 import pickle
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import datasets
@@ -147,6 +148,32 @@ def test_a_split_batch_has_the_same_gradient(folder, tmp_path, monkeypatch):
             if other == kind:
                 assert metrics == pytest.approx(want_metrics, rel=1e-12, abs=1e-12)
                 assert abs(got - want).max() < 1e-12 * abs(want).max()
+
+
+def test_pixels_are_made_while_the_batch_before_is_used(folder, monkeypatch):
+    _, data = load(folder, "llava")
+    made, second = [], threading.Event()
+    inputs = common.Vision.inputs
+
+    def record(vision, *args):
+        made.append(threading.current_thread())
+        if len(made) == 2:
+            second.set()
+        return inputs(vision, *args)
+
+    monkeypatch.setattr(common.Vision, "inputs", record)
+    batches = common.micro_batches(data, np.arange(6), 2, CPU)
+    assert next(batches).rows.tolist() == [0, 1]
+    assert second.wait(timeout=60)  # although nothing has asked for it
+    assert [batch.rows.tolist() for batch in batches] == [[2, 3], [4, 5]] and len(made) == 3
+    assert threading.main_thread() not in made
+
+
+def test_an_image_that_cannot_be_read_any_more_ends_the_training(folder, monkeypatch):
+    _, data = load(folder, "llava")
+    monkeypatch.setattr(common.Vision, "read", lambda vision, row: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        batches(data, 2)
 
 
 @pytest.mark.parametrize("kind", KINDS)
