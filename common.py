@@ -88,7 +88,7 @@ class Batch:
     # The same tokens for the fast forward pass, from `pack`; None with an encoder, and with images.
     packed_inputs: dict[str, Tensor] | None = None
     packed_index: Tensor | None = None
-    packed_lengths: list[list[int]] | None = None  # of attention: see packed_attention
+    packed_lengths: list[list[int]] | None = None  # of queries and keys; a list, so that it stays on the host
     global_tokens: dict[str, int] | None = None  # tokens in the global batch: of prompts, chosen, rejected
     rows: np.ndarray | None = None  # (B,) row numbers of the pairs in the dataset
     is_last: bool = True  # whether it is this process's last part of the global batch
@@ -190,10 +190,10 @@ def pack(inputs: dict[str, Tensor], prompt_ends: Tensor, scored: Tensor, k: int)
     kept[::k] = is_token[::k]  # a prompt comes from the first of its rows
     places = kept.flatten().cumsum(0).view_as(kept) - 1  # (2B, L): where in the row the tokens of a batch are
     places = torch.where(columns < prompt_ends, places[::k].repeat_interleave(k, 0), places)
-    # In attention, the tokens that come from a row of the batch are queries, and all its tokens are keys. A
-    # completion of one token is only a label: its row has no queries.
-    lengths = torch.stack([kept.sum(1), is_token.sum(1)])[:, kept.any(1)]  # (2, S)
-    keys = places[is_token & kept.any(1, keepdim=True)]  # (K,)
+    # Each row of the batch is one causal attention: its kept tokens are queries, and all its tokens are keys.
+    # The row of a completion of one token has no queries and is left out.
+    lengths = torch.stack([kept.sum(1), is_token.sum(1)])[:, kept.any(1)]  # (2, S) of the S rows with queries
+    keys = places[is_token & kept.any(1, keepdim=True)]  # (K,), K keys in all
     # packed_attention ignores this mask. Without one, transformers would make one of T * T entries.
     mask = torch.ones(1, 1, 1, 1, dtype=torch.bool)
     row = {"input_ids": ids[kept][None], "position_ids": columns[kept][None], "attention_mask": mask}
@@ -223,7 +223,7 @@ def packed_attention(module, query, key, value, mask, *, lengths=None, keys=None
             mask = torch.ones(1, 1, q.shape[2], k.shape[2], dtype=torch.bool, device=q.device)
             mask = mask.tril(before).triu(before + 1 - window)
             return sdpa_attention_forward(module, q, k, v, mask, **options)[0]
-        # With zero queries in front, for the prompt, `is_causal` applies. That is faster than a mask, if the
+        # With zero queries in the place of the prompt, `is_causal` applies. That is faster than a mask, if the
         # prompt is not longer than the completion.
         q = torch.nn.functional.pad(q, (0, 0, before, 0)) if before else q
         return sdpa_attention_forward(module, q, k, v, None, **options | {"is_causal": True})[0][:, before:]
@@ -242,13 +242,13 @@ def varlen_attention(module, query, key, value, mask, *, lengths=None, keys=None
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # (T, heads, size)
     k, v = (x.index_select(0, keys).repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
     # Flash attention, too, has the queries at the last positions. With -1, they see all keys before them.
-    before = (options.get("sliding_window") or 0) - 1
-    how = {"scale": options.get("scaling"), "window_size": (before, 0)}
+    window = (options.get("sliding_window") or 0) - 1
+    how = {"scale": options.get("scaling"), "window_size": (window, 0)}
     return varlen_attn(q, k, v, *ends, *lengths.amax(1).tolist(), **how)[None], None
 
 
-# At most this many tokens, and this many logits, go through the head at once. Of a batch with no more logits
-# in all, they are kept for the backward pass.
+# At most this many tokens, and this many logits, go through the head at once. A batch with no more logits
+# keeps them for the backward pass.
 CHUNK_TOKENS, CHUNK_LOGITS = 1024, 2**26
 
 
@@ -268,10 +268,10 @@ class ChunkedHead(torch.autograd.Function):
         ctx.save_for_backward(hidden, weight, labels)
         chunks = [*zip(hidden.split(ctx.size), labels.split(ctx.size), strict=True)]
         ctx.kept = [None] * len(chunks)
-        if any(ctx.needs_input_grad) and len(hidden) * vocabulary <= CHUNK_LOGITS:
+        if ctx.needs_input_grad[0] and len(hidden) * vocabulary <= CHUNK_LOGITS:
             ctx.kept = [logits_and_values(h, weight, y, of) for h, y in chunks]
             return torch.cat([values.detach() for _, values in ctx.kept])
-        return torch.cat([logits_and_values(h, weight, y, of)[1].detach() for h, y in chunks])
+        return torch.cat([of(h if weight is None else wide_product(h, weight.T), y) for h, y in chunks])
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple:
@@ -321,7 +321,7 @@ def choose_forward_pass(model) -> None:
     """Set model.forward_pass to a fast one if it agrees with plain_token_logps, and otherwise to "padded"."""
     # Packing is wrong for architectures that do not call packed_attention, or that change the hidden states
     # before their head.
-    examples = [([1, 2, 3, 4, 5], [1, 3, 2], [4, 4, 1, 2, 5, 3]), ([2], [5], [3, 1, 4, 1, 5, 2, 4])]
+    examples = [([1, 2, 3, 4, 5], [4, 4, 1, 2, 5, 3], [1, 3, 2]), ([2], [5], [3, 1, 4, 1, 5, 2, 4])]
     decoder_prompt, attention = decoder_prompt_of(model.config), model.config._attn_implementation
     batch = collate(examples, model.device, decoder_prompt=decoder_prompt, global_pairs=2)
     config = model.config.get_text_config()
@@ -730,6 +730,7 @@ def micro_batches(data: Data, rows: np.ndarray, size: int, device: torch.device)
 
 def look_ahead(items: Iterator, device: torch.device) -> Iterator:
     """The items, each made by a thread while the one before it is used: making pixels takes long."""
+    # The thread pins memory for its current GPU, which would be the first one.
     begin = partial(torch.cuda.set_device, device) if device.type == "cuda" else None
     with ThreadPoolExecutor(1, initializer=begin) as thread:
         following = thread.submit(next, items, None)
@@ -901,15 +902,15 @@ def load_model(path: str, args: Arguments, device: torch.device, *, trainable: b
         model.forward_pass, model.generation_config = gather(found)[0]
         if model.forward_pass == "packed":
             model.set_attn_implementation("packed")
-    if args.varlen_attention:
-        if model.forward_pass != "packed":
-            fail(f"--varlen_attention is for models that can be packed, and {path} cannot")
-        model.set_attn_implementation("varlen")
     model.original_config, model.adapted, model.router_loss = original_config, adapted, None
     if trainable and args.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     if adapted:
         add_adapters(model, base and path, args, trainable)
+    if args.varlen_attention:
+        if model.forward_pass != "packed":
+            fail(f"--varlen_attention is for models that can be packed, and {path} cannot")
+        model.set_attn_implementation("varlen")
     model.train(trainable)
     for name, parameter in model.named_parameters():
         if parameter.is_floating_point():  # weights of 4 bits are not

@@ -202,8 +202,10 @@ def check() -> None:
         layer, outside, _ = activations(config, 4, (128, completion, completion), torch.float32)
         with torch.device("meta"):
             weights = sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
-        logits = min(common.CHUNK_LOGITS, common.CHUNK_TOKENS * vocabulary, 8 * completion * vocabulary)
-        paper = (config.num_hidden_layers + 1) * layer + outside + logits * 3 * 4 + 12 * weights
+        logits = 8 * completion * vocabulary
+        chunk = min(common.CHUNK_LOGITS, common.CHUNK_TOKENS * vocabulary, logits)
+        kept = logits if logits <= common.CHUNK_LOGITS else 0  # their logarithms are in `outside` already
+        paper = (config.num_hidden_layers + 1) * layer + outside + 4 * (kept + 3 * chunk) + 12 * weights
         print(f"| {vocabulary} | {completion} | {paper / GIB:.2f} | {gib:.2f} |")
 
 
