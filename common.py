@@ -223,8 +223,8 @@ def packed_attention(module, query, key, value, mask, *, lengths=None, keys=None
             mask = torch.ones(1, 1, q.shape[2], k.shape[2], dtype=torch.bool, device=q.device)
             mask = mask.tril(before).triu(before + 1 - window)
             return sdpa_attention_forward(module, q, k, v, mask, **options)[0]
-        # With zero queries in the place of the prompt, `is_causal` applies. That is faster than a mask, if the
-        # prompt is not longer than the completion.
+        # With zero queries in the place of the prompt, `is_causal` applies. That is faster than a mask, if
+        # the prompt is not longer than the completion.
         q = torch.nn.functional.pad(q, (0, 0, before, 0)) if before else q
         return sdpa_attention_forward(module, q, k, v, None, **options | {"is_causal": True})[0][:, before:]
 
