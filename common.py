@@ -199,7 +199,7 @@ def pack(inputs: dict[str, Tensor], prompt_ends: Tensor, scored: Tensor, k: int)
     row = {"input_ids": ids[kept][None], "position_ids": columns[kept][None], "attention_mask": mask}
     ends = torch.nn.functional.pad(lengths.cumsum(1), (1, 0)).int()  # (2, S + 1), from 0
     return {
-        "packed_inputs": row | {"keys": keys, "ends": ends},  # the first two are (1, T)
+        "packed_inputs": row | {"keys": keys, "ends": ends},  # input_ids and position_ids are (1, T)
         "packed_lengths": lengths.tolist(),
         "packed_index": places[: len(scored)][scored],  # (N,) places in the row that predict these labels
     }
@@ -207,15 +207,22 @@ def pack(inputs: dict[str, Tensor], prompt_ends: Tensor, scored: Tensor, k: int)
 
 @torch.compiler.disable  # it is a loop over rows, and would be compiled anew for every number of them
 def packed_attention(module, query, key, value, mask, *, lengths=None, keys=None, ends=None, **options):
-    """Attention within each prompt and completion of the row: (1, heads, T, size) -> (1, T, heads, size).
+    """Attention of prompts and completions in the packed row: (1, heads, T, size) -> (1, T, heads, size).
 
-    `lengths` are the numbers of queries and of keys of each causal call. `keys` are the places of all keys in
-    the row: those of a prompt come once for each of its completions.
+    `lengths` are the numbers of queries and of keys of each causal call; `ends` are their sums. `keys` are
+    the places of all keys in the packed row: those of a prompt come once for each of its completions.
     """
     if lengths is None:  # an ordinary call, such as one from generate()
         return sdpa_attention_forward(module, query, key, value, mask, **options)
     if "sliding_window" not in options and getattr(module.config, "sliding_window", None):
         raise NotImplementedError("its window is only in a mask")  # choose_forward_pass catches this
+    key, value = (x.index_select(2, keys) for x in (key, value))  # (1, heads, K, size)
+    if module.config._attn_implementation == "varlen":  # one call of flash attention, on a GPU and in 16 bits
+        q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # (T or K, heads, size)
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+        window = (options.get("sliding_window") or 0) - 1  # tokens before the query's own; -1 for all of them
+        how = {"scale": options.get("scaling"), "window_size": (window, 0)}
+        return varlen_attn(q, k, v, *ends, *lengths.amax(1).tolist(), **how)[None], None
 
     def causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # the queries belong to the last positions of k
         before, window = k.shape[2] - q.shape[2], options.get("sliding_window") or k.shape[2]
@@ -229,36 +236,22 @@ def packed_attention(module, query, key, value, mask, *, lengths=None, keys=None
         return sdpa_attention_forward(module, q, k, v, None, **options | {"is_causal": True})[0][:, before:]
 
     of_queries, of_keys = lengths.tolist()  # of a tensor on the CPU, so this does not wait for the GPU
-    parts = [x.index_select(2, keys).split(of_keys, dim=2) for x in (key, value)]
-    parts = zip(query.split(of_queries, dim=2), *parts, strict=True)
-    return torch.cat([causal(*part) for part in parts], dim=1), None
+    parts = query.split(of_queries, dim=2), key.split(of_keys, dim=2), value.split(of_keys, dim=2)
+    return torch.cat([causal(*part) for part in zip(*parts, strict=True)], dim=1), None
 
 
-@torch.compiler.disable
-def varlen_attention(module, query, key, value, mask, *, lengths=None, keys=None, ends=None, **options):
-    """What packed_attention returns, from one call of flash attention: on a GPU, and in 16 bits only."""
-    if lengths is None:
-        return sdpa_attention_forward(module, query, key, value, mask, **options)
-    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # (T, heads, size)
-    k, v = (x.index_select(0, keys).repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
-    # Flash attention, too, has the queries at the last positions. With -1, they see all keys before them.
-    window = (options.get("sliding_window") or 0) - 1
-    how = {"scale": options.get("scaling"), "window_size": (window, 0)}
-    return varlen_attn(q, k, v, *ends, *lengths.amax(1).tolist(), **how)[None], None
-
-
-# At most this many tokens, and this many logits, go through the head at once. A batch with no more logits
-# keeps them for the backward pass.
+# At most this many tokens, and this many logits, go through the head at once. If a whole batch has no more
+# logits, they are kept for the backward pass.
 CHUNK_TOKENS, CHUNK_LOGITS = 1024, 2**26
 
 
 class ChunkedHead(torch.autograd.Function):
-    """of(hidden @ weight.T, labels) for less memory; without a weight, of(hidden, labels).
+    """of(hidden @ weight.T, labels) in less memory; without a weight, of(hidden, labels).
 
-    The logits (N, V) are made for one chunk of tokens at a time. Unless there are few, they are not kept, but
-    made again in the backward pass. They are in float32, and the weight's gradient is accumulated in float32:
-    logits in bfloat16 would change a log-probability by about 0.01, and accumulating in bfloat16 would change
-    the gradient by about 1%.
+    The logits (N, V) are computed for one chunk of tokens at a time. Unless there are few, they are not kept
+    but recomputed in the backward pass. They are in float32, and the weight's gradient is accumulated in
+    float32: logits in bfloat16 would change a log-probability by about 0.01, and accumulating in bfloat16
+    would change the gradient by about 1%.
     """
 
     @staticmethod
@@ -282,11 +275,12 @@ class ChunkedHead(torch.autograd.Function):
         chunks = zip(*(x.split(ctx.size) for x in (hidden, hidden_grad, labels, grad)), strict=True)
         for i, (h, h_grad, y, values_grad) in enumerate(chunks):
             logits, values = ctx.kept[i] or logits_and_values(h, weight, y, ctx.of)
-            ctx.kept[i] = None  # one chunk less in memory
+            ctx.kept[i] = None  # frees this chunk; another backward pass recomputes it
             logits_grad = torch.autograd.grad(values, logits, values_grad)[0].to(h.dtype)
             h_grad.copy_(logits_grad if weight is None else logits_grad @ weight)  # a part of hidden_grad
             if weight_grad is not None:
                 weight_grad += wide_product(logits_grad.T, h)
+            del logits, values, logits_grad  # before those of the next chunk are made
         return hidden_grad, weight_grad, None, None
 
 
@@ -305,8 +299,8 @@ def wide_product(a: Tensor, b: Tensor) -> Tensor:
     return a.to(dtype) @ b.to(dtype)
 
 
-for name, function in {"packed": packed_attention, "varlen": varlen_attention}.items():
-    AttentionInterface.register(name, function)
+for name in ("packed", "varlen"):
+    AttentionInterface.register(name, packed_attention)
     AttentionMaskInterface.register(name, sdpa_mask)  # ordinary calls get their padding and window masks
 
 
@@ -730,7 +724,7 @@ def micro_batches(data: Data, rows: np.ndarray, size: int, device: torch.device)
 
 def look_ahead(items: Iterator, device: torch.device) -> Iterator:
     """The items, each made by a thread while the one before it is used: making pixels takes long."""
-    # The thread pins memory for its current GPU, which would be the first one.
+    # Otherwise the thread would pin memory for the first GPU.
     begin = partial(torch.cuda.set_device, device) if device.type == "cuda" else None
     with ThreadPoolExecutor(1, initializer=begin) as thread:
         following = thread.submit(next, items, None)
@@ -1536,7 +1530,7 @@ class Arguments:
     gradient_checkpointing: bool = arg(False, "recompute activations in the backward pass, to save memory")
     dtype: Literal["float32", "bfloat16", "float64"] = arg("float32", "of the trained weights")
     torch_compile: bool = arg(False, "compile each layer, which takes minutes at the start")
-    varlen_attention: bool = arg(False, "one call of flash attention per layer, on a GPU; has not run on one")
+    varlen_attention: bool = arg(False, "one call of flash attention for all rows; needs a GPU; untested")
     sync_gradients_once: bool = arg(False, "reduce gradients once per step: less traffic, more memory")
     hsdp_shard_size: int | None = arg(None, "shard over so many processes, replicate over the others [all]")
     # Not `bool | None`, for which the parser would not take --bf16 without a value.

@@ -82,8 +82,8 @@ def loss_and_metrics(
     """What this micro-batch adds to the global batch's mean loss and metrics.
 
     That is a sum over its pairs, divided by the number of pairs in the global batch. So neither loss nor
-    gradient, but for a router loss, depends on how a batch is split over processes and micro-batches.
-    bco_rewards is for the loss type bco_pair only.
+    gradient depends on how a batch is split over processes and micro-batches. bco_rewards is for the loss
+    type bco_pair only.
     """
     ref_logps = reference_logps(batch)  # (B, 2). First, before the policy's activations take up memory
     pair_weights = 1.0

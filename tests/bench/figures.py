@@ -156,7 +156,7 @@ def packed(folder: Path) -> None:
             colors += [color] * length
     # Queries and keys are 0, so the result for a token is the mean of all values that it attends to.
     zeros, values = torch.zeros(1, 1, len(tokens), len(tokens)), torch.eye(len(tokens))[None, None]
-    module = SimpleNamespace(is_causal=True)
+    module = SimpleNamespace(is_causal=True, config=SimpleNamespace(_attn_implementation="packed"))
     options = {"lengths": torch.tensor(batch.packed_lengths), "keys": batch.packed_inputs["keys"]}
     means, _ = packed_attention(module, zeros, zeros, values, None, **options)  # (1, T, 1, T)
 
