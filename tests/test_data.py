@@ -644,7 +644,8 @@ def test_tokens_are_not_those_of_an_earlier_run_with_other_arguments_or_code(tmp
     monkeypatch.setitem(sys.modules, "common", module)
     spec.loader.exec_module(module)
     train, _ = module.load_data(module.Arguments(dataset_name=str(path), eval_strategy="no"), TOY)
-    common.AttentionInterface.register("packed", common.packed_attention)  # as before
+    for name in ("packed", "varlen"):  # as before
+        common.AttentionInterface.register(name, common.packed_attention)
     assert train.tokens["chosen"][:] == [ids("o")]
 
 
